@@ -1,0 +1,64 @@
+"""The errors that peftkit raises on purpose.
+
+Bottom of the import order: every room may import this module, it imports nothing of peftkit.
+Each message is one line per problem: where, what was found, what is allowed, what to do.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PeftkitError(Exception):
+    """Base of every expected failure; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class UsageError(PeftkitError):
+    """A command line that cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe with problems; holds all of them, one line each."""
+
+
+class SourceError(PeftkitError):
+    """A base model or data set that cannot be found, read or trusted."""
+
+
+class DataError(PeftkitError):
+    """Data that does not fit the task: columns, labels, splits, lengths."""
+
+
+class MethodError(PeftkitError):
+    """A method that does not fit the model: depth, target modules, architecture."""
+
+
+class RegistryError(PeftkitError):
+    """A delta that cannot be saved, found, verified or attached."""
+
+
+class RunError(PeftkitError):
+    """A run that cannot start or go on: folder exists, launch mismatch, non-finite loss."""
+
+
+class NonFiniteError(RunError):
+    """NaN or Inf in a loss or a gradient; names the optimizer step and the examples."""
+
+
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """Closest match and the sorted choices, ready to follow "unknown …".
+
+    >>> suggestion("loar", ["lora", "full"])
+    "did you mean 'lora'? Choices: full, lora"
+    """
+    known = sorted(choices)
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Choices: {', '.join(known)}"
