@@ -1,0 +1,139 @@
+"""Tiny bases and data on disk, so that no test needs the network or the real model."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them: no Hub, no progress bars of a pool of threads.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = ["a", "the", "film", "plot", "was", "is", "not", "never", "and", "but"]
+WORDS += ["good", "warm", "great", "bright", "bad", "dull", "awful", "slow"]
+POSITIVE = {"good", "warm", "great", "bright"}
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+
+
+def save_base(
+    folder: Path, *, model_type: str = "bert", depth: int = 3, seed: int = 0, width: int = 16
+) -> Path:
+    """A base without a head, random weights from `seed`, with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 4 + len(WORDS),
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": 66,
+        "pad_token_id": 0,
+    }
+    if model_type == "llama":
+        sizes |= {"num_key_value_heads": 2}
+    if model_type == "gpt2":
+        sizes |= {"bos_token_id": 2, "eos_token_id": 3}
+    AutoModel.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def sentences(count: int, seed: int) -> list[dict]:
+    """Rows of 3 to 12 words; the label says whether the positive words outnumber the others."""
+    import random
+
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = rng.choices(WORDS, k=rng.randint(3, 12))
+        label = int(2 * sum(word in POSITIVE for word in words) > len(words) // 2)
+        rows.append({"sentence": " ".join(words), "label": label})
+    return rows
+
+
+def save_data(folder: Path, *, train: int = 96, validation: int = 33) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (split, count) in enumerate({"train": train, "validation": validation}.items()):
+        lines = [json.dumps(row) for row in sentences(count, seed)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory):
+    """`model_type` → a base of that type, made once: `base_of("llama")`."""
+    made: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = save_base(tmp_path_factory.mktemp("base"), model_type=model_type)
+        return made[model_type]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    return save_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def tiny_recipe(tiny_base, tiny_data):
+    """A resolved recipe as a dict, to be changed by a test and validated."""
+    return {
+        "name": "tiny",
+        "base": {"name": str(tiny_base)},
+        "task": {
+            "type": "classification",
+            "dataset": str(tiny_data),
+            "text_columns": ["sentence"],
+            "labels": ["negative", "positive"],
+            "metrics": ["accuracy"],
+            "holdout_fraction": 0.1,
+        },
+        "method": {"type": "full"},
+        "training": {
+            "learning_rate": 5e-3,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+        },
+    }
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty current folder with a registry of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PEFTKIT_REGISTRY", str(tmp_path / "registry"))
+    return tmp_path
