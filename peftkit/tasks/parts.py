@@ -1,0 +1,92 @@
+"""Rows of two splits to train, held-out and validation parts that share no text, tokenised.
+
+Called by `classification`; imports `data.splits` and, from this room, `encoding`.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from peftkit.contracts import Split
+from peftkit.data.splits import Row, hold_out, remove_overlap, rows_digest
+from peftkit.errors import DataError
+from peftkit.tasks.columns import TextRow
+from peftkit.tasks.encoding import tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def separate(
+    train: list[TextRow],
+    validation: list[TextRow],
+    *,
+    max_train: int | None,
+    holdout_fraction: float,
+    seed: int,
+) -> tuple[dict[str, list[TextRow]], dict[str, int]]:
+    """Parts by name (`holdout` only if one is held out), and counts of what was done.
+
+    No two parts hold rows of the same normalised texts. Validation keeps every row; train loses
+    those that validation holds, then all but `max_train` rows, then the held-out ones. Every part
+    keeps the order of its source.
+
+    Raises:
+        DataError: nothing is left to train on, or the fraction empties one side.
+    """
+    unseen, removed = remove_overlap(train, validation, _texts)
+    if not unseen:
+        raise DataError(
+            f"each of the {removed} training rows is a validation row too; nothing is left to "
+            "train on, check the splits"
+        )
+    used = [dict(unseen[index]) for index in _chosen(len(unseen), max_train, seed)]
+    kept, held = hold_out(used, holdout_fraction, seed, key=_texts)
+    parts = {"train": [used[index] for index in kept], "validation": validation}
+    if held:
+        parts["holdout"] = [used[index] for index in held]
+    counts = {
+        "removed_from_train": removed,
+        "left_out_of_train": len(unseen) - len(used),
+        "empty_texts": sum(not all(map(str.strip, row["texts"])) for row in used + validation),
+    }
+    return parts, counts
+
+
+def tokenise_parts(
+    tokenizer: "PreTrainedTokenizerBase",
+    parts: Mapping[str, list[TextRow]],
+    *,
+    max_length: int,
+) -> tuple[dict[str, Split], int]:
+    """The parts as tokenised, labelled splits, and how many examples were cut to `max_length`.
+
+    Raises:
+        DataError: every example of a part is longer than `max_length`.
+    """
+    ready: dict[str, Split] = {}
+    problems, total = [], 0
+    for name, rows in parts.items():
+        encoded, cut = tokenise(tokenizer, [row["texts"] for row in rows], max_length=max_length)
+        labelled = zip(encoded, rows, strict=True)
+        tokens = [{**new, "label": row["label"]} for new, row in labelled]
+        ready[name] = Split(name, tokens, rows_digest(rows))
+        total += cut
+        if cut == len(rows):
+            problems.append(
+                f"{name}: each of the {cut} examples is longer than max_length {max_length}; "
+                "raise it or shorten the texts"
+            )
+    if problems:
+        raise DataError(problems)
+    return ready, total
+
+
+def _chosen(count: int, limit: int | None, seed: int) -> list[int]:
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))
+
+
+def _texts(row: Row) -> list[str]:
+    return list(row["texts"])
