@@ -1,0 +1,90 @@
+"""From a name in the registry to a model that answers: base, delta, task and tokenizer.
+
+Called by the `evaluate` and `predict` verbs. The base must be the very one the delta was trained
+on: its digest and its tokenizer's are checked before anything is put on it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from peftkit import plugins
+from peftkit.contracts import LoadOptions, Task
+from peftkit.errors import RegistryError
+from peftkit.modeling.base import BaseConfig, resolve_base
+from peftkit.modeling.deltas import apply_delta
+from peftkit.modeling.identity import base_digest, tokenizer_digest
+from peftkit.modeling.loading import HELD_DTYPES, ModelSpec, load_model
+from peftkit.modeling.parameters import freeze, set_precision
+from peftkit.registry.store import DeltaInfo, Registry, StoredDelta, default_root
+
+
+@dataclass(frozen=True)
+class LoadedDelta:
+    """A stored delta on its base. The model is on the CPU, in eval mode, nothing trains."""
+
+    model: nn.Module
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    stored: StoredDelta
+
+
+def load_delta(reference: str, *, registry: Registry | None = None) -> LoadedDelta:
+    """Verify and load `name`, `name@v2` or `name@latest`.
+
+    Raises:
+        RegistryError: unknown, damaged, or another base or tokenizer than it was trained on.
+        SourceError: the base cannot be found.
+    """
+    registry = registry or Registry(default_root())
+    stored = registry.find(reference)
+    delta = registry.read_delta(stored)
+    info = stored.info
+    base = resolve_base(BaseConfig.model_validate(info.recipe["base"]))
+    _refuse_other_base(stored, base.path)
+    spec = ModelSpec(
+        info.model["auto_class"],
+        _config_overrides(info.model["config"]),
+        info.model["dropout"],
+        info.model["mixed_precision"],
+    )
+    options = LoadOptions(quantisation=info.quantisation, frozen=info.model["frozen"])
+    model = apply_delta(load_model(base.path, spec, options), delta)
+    _restore_precision(model, info, delta.tensors)
+    task_class = plugins.load("tasks", info.task["type"])
+    task = task_class(task_class.Config.model_validate(info.task))
+    return LoadedDelta(model.eval(), task, AutoTokenizer.from_pretrained(base.path), stored)
+
+
+def _refuse_other_base(stored: StoredDelta, folder: Path) -> None:
+    info = stored.info
+    found = {"weights": base_digest(folder), "tokenizer": tokenizer_digest(folder)}
+    expected = {"weights": info.base_digest, "tokenizer": info.tokenizer_digest}
+    problems = [
+        f"{stored.name}@{stored.version}: trained on {info.base_name} with {what} "
+        f"{expected[what]}, but {folder} has {found[what]}"
+        for what in expected
+        if expected[what] != found[what]
+    ]
+    if problems:
+        raise RegistryError(problems)
+
+
+def _config_overrides(stored: dict[str, Any]) -> dict[str, Any]:
+    """JSON made the keys of `id2label` text."""
+    overrides = dict(stored)
+    if "id2label" in overrides:
+        overrides["id2label"] = {int(key): name for key, name in overrides["id2label"].items()}
+    return overrides
+
+
+def _restore_precision(model: nn.Module, info: DeltaInfo, trained: dict[str, Any]) -> None:
+    """Hold what was frozen in training as it was held then; freeze everything."""
+    if info.kind == "weights":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name in trained
+    set_precision(model, HELD_DTYPES[info.model["mixed_precision"]])
+    freeze(model)
