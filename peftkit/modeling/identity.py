@@ -1,0 +1,89 @@
+"""Which base model this is: a digest that does not depend on path, sharding or file order.
+
+Called by the experiment when a delta is saved and by the registry when one is attached.
+Reads safetensors files directly, so that no model is built and no code of the base runs.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from peftkit.errors import SourceError
+
+_CHUNK_BYTES = 1 << 22
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+def base_digest(folder: Path) -> str:
+    """Digest over the sorted (tensor name, dtype, shape, bytes) of a folder's safetensors.
+
+    Returns:
+        `sha256:<hex>`, the same for one file or many shards of the same tensors.
+
+    Raises:
+        SourceError: no safetensors file, a damaged one, or one tensor in two files.
+    """
+    lines: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, line in _tensor_lines(path):
+            if name in lines:
+                raise SourceError(f"{path}: tensor '{name}' is in another file of the folder too")
+            lines[name] = line
+    if not lines:
+        raise SourceError(f"{folder}: no *.safetensors file to take the base's digest from")
+    text = "\n".join(lines[name] for name in sorted(lines))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Digest over the tokenizer files of a folder, by sorted name.
+
+    Returns:
+        `sha256:<hex>`.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(_TOKENIZER_FILES):
+        path = folder / name
+        if path.is_file():
+            digest.update(f"{name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _tensor_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and canonical line of each tensor in one file."""
+    with path.open("rb") as stream:
+        try:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            raise SourceError(f"{path}: not a readable safetensors file ({error})") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            stream.seek(8 + size + start)
+            shape = ",".join(map(str, entry["shape"]))
+            yield name, f"{name} {entry['dtype']} [{shape}] {_hash(stream, end - start)}"
+
+
+def _hash(stream: BinaryIO, length: int) -> str:
+    digest = hashlib.sha256()
+    while length > 0:
+        chunk = stream.read(min(length, _CHUNK_BYTES))
+        if not chunk:
+            raise SourceError(f"{stream.name}: ends before its last tensor does")
+        digest.update(chunk)
+        length -= len(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""Loading a base model in the precision and quantisation that a method asks for.
+
+Called by the experiment before `method.prepare`, and by the registry to rebuild a trained model.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+
+from peftkit.contracts import LoadOptions, Quantisation
+from peftkit.errors import SourceError
+from peftkit.modeling.parameters import head_modules, mark_new, pooler_modules
+
+HELD_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Mixed precision of the run → dtype in which a frozen base is held."""
+
+DROPOUT_KEYS = (
+    "activation_dropout",
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "classifier_dropout",
+    "dropout",
+    "dropout_rate",
+    "embd_pdrop",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+    "seq_classif_dropout",
+    "summary_first_dropout",
+)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to build on top of a base's files.
+
+    `auto_class` names a transformers Auto class; `config` overrides keys of the base's config;
+    `dropout` sets every dropout probability that the config has; `mixed_precision` is
+    Accelerate's word (`no`, `bf16`, `fp16`).
+    """
+
+    auto_class: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    dropout: float | None = None
+    mixed_precision: str = "no"
+
+
+def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTrainedModel:
+    """Load the base on the CPU with the task's head, freshly initialised from torch's RNG.
+
+    Raises:
+        SourceError: the base has no such architecture, or its weights do not fit its config.
+    """
+    config = _read_config(folder, spec)
+    auto_class = getattr(transformers, spec.auto_class)
+    dtype = HELD_DTYPES[spec.mixed_precision]
+    quantised = options.quantisation
+    skip = _unquantised_modules(auto_class, config) if quantised else []
+    with _QuietLoading():
+        model, report = auto_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if options.frozen or quantised else torch.float32,
+            quantization_config=_bitsandbytes(quantised, dtype, skip) if quantised else None,
+            device_map=_device_map() if quantised else None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_report(folder, model, report)
+    _keep_cpu_weights_unpacked(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _read_config(folder: Path, spec: ModelSpec) -> Any:
+    """The base's config with the overrides applied."""
+    config = AutoConfig.from_pretrained(folder, **spec.config)
+    known = getattr(transformers, spec.auto_class)._model_mapping
+    if type(config) not in known:
+        raise SourceError(
+            f"{folder}: a base of type '{config.model_type}' has no {spec.auto_class}; "
+            "take a base with that architecture or another task"
+        )
+    if spec.dropout is not None:
+        for key in DROPOUT_KEYS:
+            if hasattr(config, key):
+                setattr(config, key, spec.dropout)
+    return config
+
+
+def _unquantised_modules(auto_class: Any, config: Any) -> list[str]:
+    """Heads, poolers and output embeddings: 4-bit loading would quantise them and then crash."""
+    with torch.device("meta"):
+        skeleton = auto_class.from_config(config)
+    output = skeleton.get_output_embeddings()
+    others = [output, *pooler_modules(skeleton)]
+    names = [name for name, m in skeleton.named_modules() if any(m is other for other in others)]
+    return sorted({*head_modules(skeleton), *names})
+
+
+def _bitsandbytes(
+    quantisation: Quantisation, held: torch.dtype, skip: list[str]
+) -> BitsAndBytesConfig:
+    compute = quantisation.compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantisation.quant_type,
+        bnb_4bit_use_double_quant=quantisation.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute) if compute else held,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _device_map() -> dict[str, Any]:
+    """The whole model on this process's device: each rank quantises its own copy."""
+    from accelerate import PartialState
+
+    return {"": PartialState().device}
+
+
+def _keep_cpu_weights_unpacked(model: nn.Module) -> None:
+    """Stop 4-bit layers from repacking their weight in place at the first eval forward.
+
+    On a CPU with AVX512-BF16 the repacked weight stays after `.train()`: gradients, merging and
+    dequantising are then wrong without an error.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_report(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Accept new weights only in heads and poolers; mark their modules as new."""
+    mismatched = {entry[0] for entry in report["mismatched_keys"]}
+    missing = set(report["missing_keys"]) | mismatched
+    poolers = pooler_modules(model)
+    new = {*head_modules(model), *(n for n, m in model.named_modules() if m in poolers)}
+    strange = sorted(k for k in missing if not any(k.startswith(f"{name}.") for name in new))
+    problems = [
+        f"{folder}: '{key}' of {type(model).__name__} "
+        + ("has another shape than" if key in mismatched else "is missing from")
+        + " the base's files"
+        for key in strange[:10]
+    ]
+    if len(strange) > len(problems):
+        problems.append(f"{folder}: and {len(strange) - len(problems)} more tensors")
+    if problems:
+        raise SourceError(problems)
+    for name in {key.rpartition(".")[0] for key in missing}:
+        mark_new(model.get_submodule(name))
+
+
+class _QuietLoading:
+    """Silences the progress bar and the load report, which `_check_report` replaces."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self._verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity(logging.CRITICAL)
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self._verbosity)
