@@ -1,0 +1,146 @@
+"""One run, from a recipe to a stored delta and a record: the whole story on one page.
+
+Called by `run.py`. Puts the rooms together and holds none of their knowledge.
+"""
+
+import sys
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import AutoTokenizer
+
+from peftkit import plugins
+from peftkit.contracts import Method, Task, TaskData
+from peftkit.errors import RunError
+from peftkit.memory.meter import MemoryMeter
+from peftkit.modeling.base import resolve_base
+from peftkit.modeling.loading import HELD_DTYPES, ModelSpec, load_model
+from peftkit.modeling.parameters import count_parameters, set_precision
+from peftkit.recipe import Recipe
+from peftkit.registry import Registry, default_root
+from peftkit.registry.names import check_name
+from peftkit.reporting.predictions import write_predictions
+from peftkit.reporting.record import RunRecord, Status, write_record
+from peftkit.run_facts import RunFacts, is_out_of_memory, status_of
+from peftkit.run_folder import OnExists, claim
+from peftkit.training.checkpoints import CheckpointFolder
+from peftkit.training.loop import Trainer
+from peftkit.training.signals import StopRequest
+from peftkit.training.start import start_accelerator
+from peftkit.training.state import Job
+
+
+def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunRecord:
+    """Train, score and store what the recipe says; leave a record however it ends.
+
+    Args:
+        recipe: What to run.
+        on_exists: What to do if the run's folder is there already.
+
+    Raises:
+        PeftkitError: the run could not start, or did not complete; in the latter case the record
+            in the run's folder says so too.
+    """
+    accelerator = start_accelerator(recipe.training)
+    check_name(recipe.name)
+    claim(recipe.run_folder, recipe, accelerator, on_exists=on_exists)
+    facts = RunFacts(recipe, accelerator, MemoryMeter(accelerator.device))
+    try:
+        with StopRequest().listening() as stop:
+            _carry_out(facts, stop, resume=on_exists == "resume")
+    except BaseException as error:
+        # However it ended, the record comes first; the error goes on its way.
+        _finish(facts, status_of(error), error)
+        if is_out_of_memory(error):
+            raise RunError(_out_of_memory_line(recipe)) from error
+        raise
+    record = _finish(facts, "completed")
+    if accelerator.is_main_process:
+        CheckpointFolder(recipe.run_folder / "checkpoints").clear()
+    return record
+
+
+def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
+    recipe, accelerator, meter = facts.recipe, facts.accelerator, facts.meter
+    task, method = _build(recipe)
+    base = resolve_base(recipe.base)
+    facts.note_base(base)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    with facts.timed("tokenise"):
+        data = facts.data = task.load(tokenizer, seed=recipe.seed)
+    _say(accelerator, f"base: {recipe.base.name}, from {base.origin}", *_data_lines(data))
+
+    set_seed(recipe.seed)
+    spec, options = _model_spec(facts, task, data), method.load_options()
+    with facts.timed("load"), meter.phase("load"):
+        model = load_model(base.path, spec, options)
+        model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files
+        prepared = method.prepare(model)
+        set_precision(prepared, HELD_DTYPES[spec.mixed_precision])
+    if recipe.training.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    facts.parameters = count_parameters(prepared)
+    _say(accelerator, "training {:,} of {:,} parameters".format(*facts.parameters))
+
+    groups = method.parameter_groups(prepared, recipe.training.learning_rate)
+    train, holdout, folder = data.train, data.holdout, recipe.run_folder
+    job = Job(prepared, groups, task, train, holdout, recipe.training, recipe.seed, folder)
+    trainer = Trainer(job, accelerator, meter)
+    try:
+        trainer.fit(stop, resume=resume)
+    finally:
+        facts.training = trainer.state
+
+    scored = facts.validation = trainer.evaluator.evaluate(trainer.model, task, data.validation)
+    if accelerator.is_main_process:
+        write_predictions(folder / "predictions.parquet", scored.columns)
+        delta = method.delta(accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
+        info = facts.delta_info(delta, spec, options)
+        facts.stored = Registry(default_root()).save(recipe.name, delta, info)
+    accelerator.wait_for_everyone()
+
+
+def _build(recipe: Recipe) -> tuple[Task, Method]:
+    """The task and the method that the recipe's sections configure."""
+    resolved = recipe.resolved()
+    task = plugins.load("tasks", resolved["task"]["type"])(recipe.task)
+    return task, plugins.load("methods", resolved["method"]["type"])(recipe.method)
+
+
+def _model_spec(facts: RunFacts, task: Task, data: TaskData) -> ModelSpec:
+    config = task.model_options(data)
+    auto_class = config.pop("auto_class")
+    dropout = facts.recipe.training.dropout
+    return ModelSpec(auto_class, config, dropout, facts.accelerator.mixed_precision)
+
+
+def _finish(facts: RunFacts, status: Status, error: BaseException | None = None) -> RunRecord:
+    """Make the record, and write it from the main process."""
+    record = facts.record(status, error)
+    if facts.accelerator.is_main_process:
+        write_record(facts.recipe.run_folder / "record.json", record)
+    return record
+
+
+def _data_lines(data: TaskData) -> list[str]:
+    sizes = [f"{len(s.rows)} {s.name}" for s in (data.train, data.holdout, data.validation) if s]
+    lines = [f"data: {', '.join(sizes)} examples, from {data.origin}"]
+    lines += [f"data: {name.replace('_', ' ')}: {n}" for name, n in data.cleaning.items() if n]
+    if data.stand_in:
+        lines.append("data: a SAMPLE that peftkit made itself; it stands in for the real data set")
+    return lines
+
+
+def _out_of_memory_line(recipe: Recipe) -> str:
+    size = recipe.training.per_device_train_batch_size
+    return (
+        f"out of memory; halve training.per_device_train_batch_size ({size}) and double "
+        "training.gradient_accumulation_steps, which changes nothing else, or set "
+        "training.gradient_checkpointing: true"
+    )
+
+
+def _say(accelerator: Accelerator, *lines: str) -> None:
+    """Tell the person, once for all processes."""
+    if accelerator.is_main_process:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -1,0 +1,42 @@
+"""Which examples a step that came to NaN or Inf has to name.
+
+Called by the loop when it stops for that reason, on every process at once.
+"""
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from peftkit.contracts import Task
+from peftkit.training.state import StepBatches
+
+_SHOWN = 8
+
+
+@torch.no_grad()
+def examples_to_blame(model: nn.Module, task: Task, batches: StepBatches) -> list[int]:
+    """Indices of the examples, of all processes, whose own loss is not finite; else of all.
+
+    Args:
+        model: The bare module, with the parameters that the step ran with.
+        task: Gives each example's loss.
+        batches: This process's share of the step.
+    """
+    device = next(model.parameters()).device
+    step, bad = [], []
+    for micro, batch in batches:
+        if micro.counts:
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            labels = inputs.pop("labels")
+            finite = task.predictions(model(**inputs), labels)["loss"].isfinite().tolist()
+            step += micro.indices
+            bad += [i for i, fine in zip(micro.indices, finite, strict=True) if not fine]
+    everything, blamed = gather_object(step), gather_object(bad)
+    return sorted(blamed or everything)
+
+
+def worded(examples: list[int]) -> str:
+    """The examples and what to do, to end the error's line."""
+    more = ", …" if len(examples) > _SHOWN else ""
+    shown = ", ".join(map(str, examples[:_SHOWN]))
+    return f"examples {shown}{more}; lower training.learning_rate, or look at these examples"

@@ -1,0 +1,82 @@
+"""What a person sees while training: a bar on a terminal, plain lines elsewhere, on stderr.
+
+Called by the loop; silent on ranks above 0. The same figures go to the run's `log.jsonl`.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows and logs training steps of the main process."""
+
+    def __init__(self, log: Path, *, total_steps: int, start_step: int, visible: bool) -> None:
+        self._log = log
+        self._visible = visible
+        self._total = total_steps
+        terminal = visible and sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+            if terminal
+            else None
+        )
+        if visible:
+            _truncate(log, start_step)
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Log one row; `row` has at least `step`."""
+        if not self._visible:
+            return
+        with self._log.open("a") as stream:
+            stream.write(_json(row) + "\n")
+        words = "  ".join(f"{key} {_short(value)}" for key, value in row.items() if key != "step")
+        line = f"step {row['step']}/{self._total}  {words}"
+        if self._bar is None:
+            print(line, file=sys.stderr, flush=True)
+        elif "loss" in row:
+            self._bar.set_postfix_str(f"loss {_short(row['loss'])}")
+        else:
+            self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _truncate(log: Path, start_step: int) -> None:
+    """Drop rows after the step that a resumed run starts from."""
+    if not log.exists():
+        return
+    kept = [line for line in log.read_text().splitlines() if _step_of(line) <= start_step]
+    log.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """The step of a row; infinite for one that was cut short when the run was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _json(row: dict[str, Any]) -> str:
+    """One line of JSON, which has no NaN and no infinity: null stands for them."""
+    finite = {
+        k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()
+    }
+    return json.dumps(finite, allow_nan=False)

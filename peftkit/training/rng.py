@@ -1,0 +1,36 @@
+"""The state of every random number generator, on every process.
+
+Called by the loop when it writes or reads a checkpoint.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+def gather(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """State of each process, by rank. Plain containers and tensors: loads without unpickling."""
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = legacy
+    own = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+    }
+    states: list[dict[str, Any]] = gather_object([own])
+    return states
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Set this process's generators to `state`, one entry of what `gather` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))

@@ -1,0 +1,33 @@
+"""Starting Accelerate, and refusing a launch that would do something else than was asked.
+
+Called by the experiment before anything is loaded.
+"""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from peftkit.errors import RunError
+from peftkit.training.config import TrainingConfig
+
+
+def start_accelerator(config: TrainingConfig) -> Accelerator:
+    """The Accelerator of this process; the launcher decides the hardware.
+
+    Raises:
+        RunError: the launcher started several processes that do not know of one another.
+    """
+    # Said outright, or the launcher's own count would divide every loss once more.
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, gradient_accumulation_plugin=once
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RunError(
+            f"launch: {launched} processes were started, but Accelerate sees "
+            f"{accelerator.num_processes}; on a CPU set ACCELERATE_USE_CPU=true and launch with "
+            "--multi_gpu --num_processes N"
+        )
+    return accelerator

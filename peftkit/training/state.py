@@ -1,0 +1,65 @@
+"""What the loop is given, what it remembers, and what one step gives back.
+
+Values only; `loop` works on them and `checkpoints` stores `TrainState`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftkit.contracts import ParameterGroup, Split, Task
+from peftkit.data.batching import MicroBatch
+from peftkit.training.config import TrainingConfig
+
+StepBatches = list[tuple[MicroBatch, dict[str, Tensor]]]
+"""One process's share of a step: each micro-batch with its collated tensors."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and where to keep it. `model` is prepared by the method and on the CPU."""
+
+    model: nn.Module
+    groups: Sequence[ParameterGroup]
+    task: Task
+    train: Split
+    holdout: Split | None
+    config: TrainingConfig
+    seed: int
+    folder: Path
+    """The run's folder: `log.jsonl` and `checkpoints/` go here."""
+
+
+@dataclass
+class TrainState:
+    """Where training is; everything of it is in a checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    stale_evaluations: int = 0
+    examples: int = 0
+    tokens: int = 0
+    """Without padding, over all processes."""
+    train_seconds: float = 0.0
+    metered_seconds: float = 0.0
+    """Steps under the memory probe; not in `train_seconds`, nor their examples and tokens."""
+    eval_seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """Of each step since the last evaluation."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss over its items, gradient norm before clipping, counts."""
+
+    loss: float
+    grad_norm: float
+    examples: int
+    tokens: int
