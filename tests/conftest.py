@@ -39,9 +39,18 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_base(
-    folder: Path, *, model_type: str = "bert", depth: int = 3, seed: int = 0, width: int = 16
+    folder: Path,
+    *,
+    model_type: str = "bert",
+    depth: int = 3,
+    seed: int = 0,
+    width: int = 16,
+    spread: float = 0.02,
 ) -> Path:
-    """A base without a head, random weights from `seed`, with its tokenizer."""
+    """A base without a head, with its tokenizer; weights drawn with standard deviation `spread`.
+
+    A larger `spread` makes the logits depend on the text, and so on the weights inside.
+    """
     import torch
     from transformers import AutoConfig, AutoModel
 
@@ -54,6 +63,7 @@ def save_base(
         "intermediate_size": 2 * width,
         "max_position_embeddings": 66,
         "pad_token_id": 0,
+        "initializer_range": spread,
     }
     if model_type == "llama":
         sizes |= {"num_key_value_heads": 2}
@@ -97,7 +107,8 @@ def base_of(tmp_path_factory):
 
     def get(model_type: str) -> Path:
         if model_type not in made:
-            made[model_type] = save_base(tmp_path_factory.mktemp("base"), model_type=model_type)
+            folder = tmp_path_factory.mktemp("base")
+            made[model_type] = save_base(folder, model_type=model_type, spread=0.2)
         return made[model_type]
 
     return get
@@ -121,6 +132,7 @@ def tiny_recipe(tiny_base, tiny_data):
             "labels": ["negative", "positive"],
             "metrics": ["accuracy"],
             "holdout_fraction": 0.1,
+            "max_length": 64,
         },
         "method": {"type": "full"},
         "training": {

@@ -71,7 +71,8 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
     Warm-up reaches 1 at its last step; linear and cosine fall towards 0 after the last step.
     """
     warmup = config.warmup_steps
-    warmup = math.ceil(warmup * total_steps) if warmup < 1 else round(warmup)
+    # Less a little, because 0.07 * 100 is more than 7 in floating point.
+    warmup = math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)

@@ -4,7 +4,9 @@ Called by the experiment before anything is loaded.
 """
 
 import os
+import sys
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
@@ -30,4 +32,20 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             f"{accelerator.num_processes}; on a CPU set ACCELERATE_USE_CPU=true and launch with "
             "--multi_gpu --num_processes N"
         )
+    idle = _idle_cores(accelerator)
+    if idle and accelerator.is_main_process:
+        print(
+            f"note: {idle} CPU cores stay idle, as OMP_NUM_THREADS is "
+            f"{os.environ.get('OMP_NUM_THREADS')} (accelerate launch sets it to 1 unless you set "
+            "it)",
+            file=sys.stderr,
+        )
     return accelerator
+
+
+def _idle_cores(accelerator: Accelerator) -> int:
+    """Cores that this process may use and will not, if it trains on the CPU alone."""
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, (cores or 1) - torch.get_num_threads())

@@ -1,0 +1,364 @@
+"""A whole run: what it leaves behind, however it ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from peftkit.errors import NonFiniteError, RunError
+from peftkit.experiment import run_experiment
+from peftkit.recipe import from_resolved
+from peftkit.reporting.record import read_record
+from peftkit.training.checkpoints import CheckpointFolder
+from peftkit.training.evaluation import Evaluator
+from peftkit.training.loop import Trainer
+from peftkit.training.signals import Interrupted
+
+RUN = Path(__file__).parents[1] / "peftkit" / "run.py"
+FOLDER = Path("runs/tiny-seed0")
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def recipe(tiny_recipe, workplace):
+    """The tiny recipe with changes of its training section; `method` replaces the method."""
+
+    def recipe(method=None, seed=0, name="tiny", **training):
+        training = {**tiny_recipe["training"], "logging_steps": 1, **training}
+        content = {**tiny_recipe, "seed": seed, "name": name, "training": training}
+        content["task"] = {**content["task"], "max_length": 64}
+        return from_resolved(content | ({"method": method} if method else {}))
+
+    return recipe
+
+
+def delta_bytes(name="tiny", version="v1"):
+    """Content of the stored tensors."""
+    folder = Path(os.environ["PEFTKIT_REGISTRY"])
+    found = [p for p in sorted(folder.rglob("*.safetensors")) if {name, version} <= {*p.parts}]
+    assert found, sorted(folder.rglob("*"))
+    return [path.read_bytes() for path in found]
+
+
+def die_in_step(monkeypatch, step, error=Crash):
+    """Make training raise in step number `step`; returns what takes that back."""
+    real = Trainer._step
+
+    def dying(self, batches):
+        if self.state.step + 1 == step:
+            raise error() if isinstance(error, type) else error
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", dying)
+    return lambda: monkeypatch.setattr(Trainer, "_step", real)
+
+
+def test_completed_run_leaves_everything_and_says_nothing_on_stdout(recipe, capfd):
+    record = run_experiment(recipe())
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines()[0].startswith("base: ")
+    assert "training " in err
+    assert "step 22/22  " in err
+    left = sorted(path.name for path in FOLDER.iterdir())
+    assert left == ["log.jsonl", "predictions.parquet", "recipe.yaml", "record.json"]
+    assert read_record(FOLDER / "record.json") == record
+    assert (record.status, record.error, record.optimizer_steps) == ("completed", None, 22)
+    assert [row["step"] for row in record.history] == [11, 22]
+    assert record.delta == "tiny@v1"
+    assert delta_bytes()
+
+
+def test_holdout_selects_and_validation_is_scored_once_at_the_end(recipe, monkeypatch):
+    calls, real = [], Evaluator.evaluate
+
+    def counted(self, model, task, split):
+        calls.append((split.name, len(split.rows)))
+        return real(self, model, task, split)
+
+    monkeypatch.setattr(Evaluator, "evaluate", counted)
+    record = run_experiment(recipe(num_train_epochs=3.0))
+    names = [name for name, _ in calls]
+    assert names == ["holdout"] * 3 + ["validation"]
+    assert calls[-1][1] == 33
+    best = max(record.history, key=lambda row: row["holdout"]["accuracy"])
+    assert record.metrics["holdout"] == best["holdout"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(recipe):
+    run_experiment(recipe())
+    run_experiment(recipe(), on_exists="overwrite")
+    run_experiment(recipe(seed=1))
+    assert delta_bytes(version="v1") == delta_bytes(version="v2") != delta_bytes(version="v3")
+
+
+@pytest.mark.parametrize("method", [{"type": "full"}, {"type": "lora", "lora_dropout": 0.1}])
+def test_recomputing_activations_changes_no_loss(recipe, method):
+    losses = []
+    for recompute in (False, True):
+        run_experiment(
+            recipe(method, gradient_checkpointing=recompute, max_steps=6), on_exists="overwrite"
+        )
+        rows = [json.loads(line) for line in (FOLDER / "log.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert len(losses[0]) == 6
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= 1e-6
+
+
+def no_memory_on_cpu(*_):
+    torch.empty(2**55)
+
+
+@pytest.mark.parametrize("how", ["python", "torch"])
+def test_out_of_memory_leaves_a_record_and_an_advice(recipe, monkeypatch, how):
+    if how == "python":
+        die_in_step(monkeypatch, 3, MemoryError)
+    else:
+        monkeypatch.setattr(Trainer, "_step", no_memory_on_cpu)
+    with pytest.raises(RunError) as raised:
+        run_experiment(recipe())
+    assert str(raised.value) == (
+        "out of memory; halve training.per_device_train_batch_size (8) and double "
+        "training.gradient_accumulation_steps, which changes nothing else, or set "
+        "training.gradient_checkpointing: true"
+    )
+    record = read_record(FOLDER / "record.json")
+    assert record.status == "out_of_memory"
+    if how == "python":
+        assert (record.error, record.optimizer_steps) == ("MemoryError", 2)
+    else:
+        assert "can't allocate memory" in record.error
+    assert record.delta is None
+    assert record.total_parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (KeyError("surprise"), "failed", "KeyError: 'surprise'"),
+        (RuntimeError("first\nsecond"), "failed", "RuntimeError: first"),
+        (NonFiniteError("step 3: loss nan"), "non_finite", "step 3: loss nan"),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+        (Interrupted(signal.SIGINT), "interrupted", "stopped by SIGINT"),
+        (Interrupted(signal.SIGTERM), "terminated", "stopped by SIGTERM"),
+    ],
+)
+def test_however_it_ends_there_is_a_record_and_the_error_goes_on(
+    recipe, monkeypatch, error, status, text
+):
+    die_in_step(monkeypatch, 3, error)
+    with pytest.raises(type(error)) as raised:
+        run_experiment(recipe())
+    assert raised.value is error
+    record = read_record(FOLDER / "record.json")
+    assert (record.status, record.error, record.optimizer_steps) == (status, text, 2)
+    assert record.digests.base is not None
+    assert not Path(os.environ["PEFTKIT_REGISTRY"]).exists()
+
+
+def test_nan_in_a_weight_is_non_finite_and_keeps_the_checkpoint(recipe, monkeypatch):
+    real = Trainer._step
+
+    def poisoned(self, batches):
+        if self.state.step == 12:
+            with torch.no_grad():
+                next(self.job.model.parameters())[:] = torch.nan
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    with pytest.raises(NonFiniteError, match=r"^step 13: loss nan, .*; train examples \d+, "):
+        run_experiment(recipe())
+    assert read_record(FOLDER / "record.json").status == "non_finite"
+    newest = CheckpointFolder(FOLDER / "checkpoints").newest()
+    assert newest.state["step"] == 11
+    assert all(tensor.isfinite().all() for tensor in newest.trained.values())
+
+
+def test_a_base_that_is_not_there_leaves_a_record_too(recipe, tiny_recipe):
+    tiny_recipe["base"] = {"name": "nowhere/at-all"}
+    with pytest.raises(Exception, match="nowhere/at-all"):
+        run_experiment(recipe())
+    record = read_record(FOLDER / "record.json")
+    assert (record.status, record.optimizer_steps, record.metrics) == ("failed", 0, {})
+
+
+def test_a_complete_run_is_not_resumed(recipe):
+    run_experiment(recipe(max_steps=1))
+    before = (FOLDER / "record.json").read_bytes()
+    with pytest.raises(RunError) as raised:
+        run_experiment(recipe(max_steps=1), on_exists="resume")
+    assert str(raised.value) == (
+        f"{FOLDER}: the run is complete, nothing is left to resume; add --overwrite"
+    )
+    assert (FOLDER / "record.json").read_bytes() == before
+
+
+def test_checkpoints_outlive_a_failure_to_store(recipe, monkeypatch):
+    from peftkit.registry import Registry
+
+    real = Registry.save
+    monkeypatch.setattr(Registry, "save", no_memory_on_cpu)
+    with pytest.raises(RunError):
+        run_experiment(recipe(max_steps=2))
+    monkeypatch.setattr(Registry, "save", real)
+    assert run_experiment(recipe(max_steps=2), on_exists="resume").delta == "tiny@v1"
+    assert not (FOLDER / "checkpoints").exists()
+
+
+METHODS = {
+    "full": {"type": "full"},
+    "top_layers": {"type": "top_layers", "num_layers": 1},
+    "lora": {"type": "lora", "lora_dropout": 0.1},
+    "qlora": {"type": "qlora", "lora_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_of_each_method_equals_the_uninterrupted_one(recipe, monkeypatch, method):
+    monkeypatch.setattr(CheckpointFolder, "clear", lambda self: None)
+    settings = {
+        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 4,
+        "save_steps": 3,
+        "dropout": 0.2,
+    }
+
+    def outcome(record):
+        last = max((FOLDER / "checkpoints").glob("step-*"))
+        kinds = ("trained.safetensors", "optimizer.pt", "rng.pt")
+        files = {kind: (last / kind).read_bytes() for kind in kinds}
+        history = record.model_dump()["history"]
+        return last.name, files, (FOLDER / "log.jsonl").read_text(), history, record.metrics
+
+    whole = outcome(run_experiment(recipe(METHODS[method], **settings)))
+    assert whole[0] == "step-00000016"
+    resume = {"on_exists": "overwrite"}
+    for step in (5, 12):  # in the first epoch, and in the second
+        mend = die_in_step(monkeypatch, step)
+        with pytest.raises(Crash):
+            run_experiment(recipe(METHODS[method], **settings), **resume)
+        resume = {"on_exists": "resume"}
+        mend()
+    found = outcome(run_experiment(recipe(METHODS[method], **settings), **resume))
+    assert found == whole
+    assert delta_bytes(version="v1") == delta_bytes(version="v2")
+
+
+# In processes of their own
+
+
+def start(recipe_path, *arguments, rank=0, processes=1, port=0):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    if processes > 1:
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    command = [sys.executable, str(RUN), str(recipe_path), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def recipe_file(recipe, workplace):
+    def recipe_file(**changes):
+        path = workplace / "tiny.yaml"
+        path.write_text(yaml.safe_dump(recipe(**changes).resolved()))
+        return path
+
+    return recipe_file
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(recipe, recipe_file):
+    settings = {"dropout": 0.0, "max_steps": 13, "per_device_train_batch_size": 8}
+    run_experiment(recipe(optimizer="sgd", max_grad_norm=0.5, l1=1e-4, **settings))
+    one = [json.loads(line) for line in (FOLDER / "log.jsonl").read_text().splitlines()]
+    settings["per_device_train_batch_size"] = 4
+    path = recipe_file(optimizer="sgd", max_grad_norm=0.5, l1=1e-4, name="two", **settings)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(path, rank=rank, processes=2, port=port) for rank in range(2)]
+    ended = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], ended
+    assert ended[1] == ("", "")
+    assert ended[0][0].startswith("two (seed 0): completed\n")
+    lines = Path("runs/two-seed0/log.jsonl").read_text().splitlines()
+    two = [json.loads(line) for line in lines]
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for ours, theirs in zip(one, two, strict=True):
+        assert all(abs(ours[k] - theirs[k]) <= 5e-6 for k in ours), (ours, theirs)
+    root = Path(os.environ["PEFTKIT_REGISTRY"])
+    deltas = [load_file(p) for p in sorted(root.rglob("*.safetensors")) if p.is_file()]
+    assert len(deltas) == 2
+    assert max((deltas[0][n] - deltas[1][n]).abs().max() for n in deltas[0]) <= 5e-6
+    assert read_record(Path("runs/two-seed0/record.json")).processes == 2
+
+
+def wait_for_step(process, step):
+    log = FOLDER / "log.jsonl"
+    for _ in range(3000):
+        if log.exists() and f'"step": {step},' in log.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    pytest.fail("the run takes too long")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted"), (signal.SIGKILL, None)],
+)
+def test_signalled_run_resumes_to_the_same_delta(recipe, recipe_file, number, status):
+    settings = {"num_train_epochs": 40.0, "save_steps": 10, "dropout": 0.1}
+    run_experiment(recipe(name="whole", **settings))
+    path = recipe_file(**settings)
+    process = start(path)
+    wait_for_step(process, 25)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    if status is None:
+        assert process.returncode == -signal.SIGKILL
+        assert not (FOLDER / "record.json").exists()
+    else:
+        assert (process.returncode, out) == (1, "")
+        assert err.splitlines()[-1] == f"stopped by {number.name}"
+        record = read_record(FOLDER / "record.json")
+        assert record.status == status
+        newest = CheckpointFolder(FOLDER / "checkpoints").newest()
+        assert newest.state["step"] == record.optimizer_steps < 440
+    process = start(path, "--resume")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.startswith("tiny (seed 0): completed\n")
+    assert delta_bytes("tiny") == delta_bytes("whole")
+    whole = Path("runs/whole-seed0/log.jsonl").read_text()
+    assert (FOLDER / "log.jsonl").read_text() == whole

@@ -1,0 +1,111 @@
+"""The run's folder: refused, emptied, or taken up again; whole messages."""
+
+import pytest
+
+from peftkit import run_folder
+from peftkit.recipe import from_resolved, resolved_yaml
+from peftkit.run_folder import claim
+from peftkit.training.config import TrainingConfig
+from peftkit.training.start import start_accelerator
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    return from_resolved(tiny_recipe)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "tiny-seed0"
+
+
+@pytest.fixture
+def claimed(folder):
+    accelerator = start_accelerator(TrainingConfig(learning_rate=1.0))
+
+    def claimed(recipe, on_exists="refuse"):
+        """What stands against it, or None."""
+        try:
+            claim(folder, recipe, accelerator, on_exists=on_exists)
+        except run_folder.RunError as error:
+            return str(error)
+        return None
+
+    return claimed
+
+
+def changed(tiny_recipe, **training):
+    return from_resolved({**tiny_recipe, "training": {**tiny_recipe["training"], **training}})
+
+
+@pytest.mark.parametrize("on_exists", ["refuse", "overwrite", "resume"])
+def test_a_new_folder_gets_the_recipe(claimed, folder, recipe, on_exists):
+    assert claimed(recipe, on_exists) is None
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+    assert (folder / "recipe.yaml").read_text() == resolved_yaml(recipe)
+
+
+def test_an_empty_folder_is_taken(claimed, folder, recipe):
+    folder.mkdir(parents=True)
+    assert claimed(recipe) is None
+
+
+def test_an_existing_run_is_refused_and_untouched(claimed, folder, recipe, tiny_recipe):
+    claimed(recipe)
+    message = f"{folder}: the run's folder exists; add --overwrite or --resume"
+    assert claimed(changed(tiny_recipe, learning_rate=1.0)) == message
+    assert (folder / "recipe.yaml").read_text() == resolved_yaml(recipe)
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(claimed, folder, recipe, tiny_recipe):
+    claimed(recipe)
+    (folder / "checkpoints/step-00000001").mkdir(parents=True)
+    for name in ("record.json", "predictions.parquet", "log.jsonl", "notes.txt"):
+        (folder / name).write_text("mine")
+    other = changed(tiny_recipe, learning_rate=1.0)
+    assert claimed(other, "overwrite") is None
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "recipe.yaml"]
+    assert (folder / "recipe.yaml").read_text() == resolved_yaml(other)
+
+
+def test_resume_takes_the_same_recipe_up_again(claimed, folder, recipe):
+    claimed(recipe)
+    (folder / "log.jsonl").write_text("kept")
+    assert claimed(recipe, "resume") is None
+    assert (folder / "log.jsonl").read_text() == "kept"
+
+
+def test_resume_of_a_changed_recipe_names_the_change(claimed, folder, recipe, tiny_recipe):
+    claimed(recipe)
+    assert claimed(changed(tiny_recipe, learning_rate=1.0), "resume") == (
+        f"{folder}: --resume needs the recipe that the run was started with; "
+        "then: learning_rate: 0.005; now: learning_rate: 1.0"
+    )
+
+
+def test_resume_without_a_recipe_is_refused(claimed, folder, recipe):
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").touch()
+    message = f"{folder}: has no recipe.yaml, so there is no run to resume; add --overwrite"
+    assert claimed(recipe, "resume") == message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"status": "completed"}'])
+def test_a_damaged_record_does_not_stop_a_resume(claimed, folder, recipe, content):
+    claimed(recipe)
+    (folder / "record.json").write_bytes(content)
+    assert claimed(recipe, "resume") is None
+
+
+def test_a_stored_recipe_that_is_no_text_is_another_recipe(claimed, folder, recipe):
+    claimed(recipe)
+    (folder / "recipe.yaml").write_bytes(b"\xff\n")
+    assert claimed(recipe, "resume").startswith(
+        f"{folder}: --resume needs the recipe that the run was started with; then: \ufffd; now: "
+    )
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(claimed, folder, recipe):
+    folder.parent.mkdir()
+    folder.touch()
+    assert claimed(recipe) == f"{folder}: cannot be written: Not a directory"

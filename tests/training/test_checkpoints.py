@@ -1,0 +1,160 @@
+"""Checkpoints: whole or absent, and damage found before use."""
+
+import os
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from peftkit.errors import RunError
+from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained
+
+FILES = ["trained.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"]
+
+
+def checkpoint(step, best=None):
+    optimizer = {"state": {0: {"step": torch.tensor(float(step))}}, "param_groups": []}
+    rng = [{"torch": torch.get_rng_state(), "python": (3, (1, 2), None)}]
+    return Checkpoint(
+        {"w": torch.full((2,), float(step))}, optimizer, rng, {"step": step, "best_step": best}
+    )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for step in (1, 2):
+        CheckpointFolder(folder).save(checkpoint(step))
+    return folder
+
+
+def test_what_was_saved_is_read_back(two):
+    found, expected = CheckpointFolder(two).newest(), checkpoint(2)
+    assert torch.equal(found.trained["w"], expected.trained["w"])
+    assert found.optimizer == expected.optimizer
+    assert torch.equal(found.rng[0]["torch"], expected.rng[0]["torch"])
+    assert (found.rng[0]["python"], found.state) == ((3, (1, 2), None), expected.state)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "zeroed", "one bit"])
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_newest_gives_the_one_before_with_one_warning(two, tmp_path, name, damage):
+    folder = shutil.copytree(two, tmp_path / "copy")
+    path = folder / "step-00000002" / name
+    content = bytearray(path.read_bytes())
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "zeroed":
+        path.write_bytes(bytes(len(content)))
+    else:
+        content[-20 if name == "manifest.json" else len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
+        found = CheckpointFolder(folder).newest()
+    assert found.state["step"] == 1
+    (warning,) = caught
+    start = "checkpoint step-00000002 is skipped: "
+    if name != "manifest.json":
+        assert str(warning.message) == f"{start}{name} differ from the manifest"
+    else:
+        assert str(warning.message).startswith(start)
+
+
+def test_a_file_too_many_is_damage(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "copy")
+    (folder / "step-00000002/extra").touch()
+    with pytest.warns(UserWarning, match=r"^checkpoint step-00000002 is skipped: extra differ"):
+        assert CheckpointFolder(folder).newest().state["step"] == 1
+
+
+def test_no_whole_checkpoint_is_an_error(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "copy")
+    for step in folder.iterdir():
+        (step / "rng.pt").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RunError) as raised:
+            CheckpointFolder(folder).newest()
+    assert str(raised.value) == f"{folder}: no checkpoint is whole; start again with --overwrite"
+
+
+def test_none_where_there_is_none(tmp_path):
+    assert CheckpointFolder(tmp_path / "nothing").newest() is None
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_interrupted_save_leaves_nothing_that_looks_whole(two, tmp_path, monkeypatch, call):
+    folder = shutil.copytree(two, tmp_path / "copy")
+
+    def dying(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, dying)
+    with pytest.raises(KeyboardInterrupt):
+        CheckpointFolder(folder).save(checkpoint(3))
+    assert names(folder) == ["step-00000001", "step-00000002"]
+
+
+def test_two_are_kept_and_the_best_that_they_need(tmp_path):
+    folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
+    for step, best in ((1, 1), (2, 1), (3, 3), (4, 3)):
+        if best == step:
+            folder.save_best(step, model)
+        folder.save(checkpoint(step, best))
+    assert names(tmp_path) == ["best-00000003", "step-00000003", "step-00000004"]
+
+
+def test_the_best_comes_back_into_the_model(tmp_path):
+    folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
+    kept = model.weight.detach().clone()
+    folder.save_best(5, model)
+    with torch.no_grad():
+        model.weight.zero_()
+    folder.load_best(5, model)
+    assert torch.equal(model.weight, kept)
+
+
+def test_a_damaged_best_is_refused(tmp_path):
+    folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
+    folder.save_best(5, model)
+    path = tmp_path / "best-00000005/trained.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(RunError) as raised:
+        folder.load_best(5, model)
+    assert str(raised.value) == (
+        f"{path.parent}: the best checkpoint cannot be used: "
+        "trained.safetensors differ from the manifest"
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    with pytest.raises(RunError) as raised:
+        restore_trained(nn.Linear(2, 2), {"other": torch.zeros(1)})
+    assert str(raised.value) == (
+        "the checkpoint is of another model or method: trained parameters differ"
+    )
+
+
+def test_what_lies_beyond_the_resumed_step_is_dropped(tmp_path):
+    folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
+    for step in (1, 2):
+        folder.save_best(step, model)
+        folder.save(checkpoint(step, 1))
+    folder.save_best(3, model)
+    (tmp_path / ".staging-00ff").mkdir()
+    folder.drop_after(1)
+    assert names(tmp_path) == ["best-00000001", "step-00000001"]
+
+
+def test_clear_leaves_nothing(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "copy")
+    CheckpointFolder(folder).clear()
+    assert not folder.exists()

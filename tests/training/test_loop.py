@@ -1,0 +1,408 @@
+"""The loop: its arithmetic, its stops, and that a resumed run is the same run."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from torch.nn import functional
+
+from peftkit.data.batching import plan_epoch
+from peftkit.errors import NonFiniteError, RunError
+from peftkit.training.signals import Interrupted, StopRequest
+
+
+class Crash(BaseException):
+    pass
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [row["loss"] for row in rows(folder) if "loss" in row]
+
+
+def crash_at(trainer, monkeypatch, step):
+    """Die in step number `step`, counted from 1, before it changes anything."""
+    real = trainer._step
+
+    def dying(batches):
+        if trainer.state.step + 1 == step:
+            raise Crash
+        return real(batches)
+
+    monkeypatch.setattr(trainer, "_step", dying)
+
+
+def signal_after(trainer, monkeypatch, stop, step, number=signal.SIGTERM):
+    real = trainer._step
+
+    def signalled(batches):
+        result = real(batches)
+        if trainer.state.step + 1 == step:
+            stop._receive(number, None)
+        return result
+
+    monkeypatch.setattr(trainer, "_step", signalled)
+
+
+# Arithmetic
+
+
+def test_batch_size_and_accumulation_share_the_work_and_change_nothing(
+    make_trainer, parameters_of, tmp_path
+):
+    results = []
+    for size, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        folder = tmp_path / f"{size}x{accumulation}"
+        trainer = make_trainer(
+            folder,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            l1=1e-3,
+            max_grad_norm=0.5,
+            optimizer="sgd",
+        )
+        trainer.fit(StopRequest())
+        results.append((torch.tensor(losses(folder)), parameters_of(trainer)))
+    first_losses, first = results[0]
+    assert len(first_losses) == 14
+    for other_losses, other in results[1:]:
+        assert (first_losses - other_losses).abs().max() <= 5e-6
+        assert max((first[n] - other[n]).abs().max() for n in first) <= 5e-6
+
+
+def test_launchers_accumulation_variable_changes_nothing(
+    make_trainer, parameters_of, tmp_path, monkeypatch
+):
+    plain = make_trainer(tmp_path / "plain", optimizer="sgd", max_steps=3)
+    plain.fit(StopRequest())
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    set_ = make_trainer(tmp_path / "set", optimizer="sgd", max_steps=3)
+    set_.fit(StopRequest())
+    expected, found = parameters_of(plain), parameters_of(set_)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_every_step_equals_a_plain_loop(make_trainer, toy, parameters_of, tmp_path):
+    trainer = make_trainer(
+        holdout=0,
+        weight_decay=0.1,
+        max_grad_norm=0.3,
+        label_smoothing=0.1,
+        l1=1e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=3.0,
+    )
+    trainer.fit(StopRequest())
+
+    torch.manual_seed(0)
+    model, task, train = toy.Model(), toy.Task(), toy.split(50)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (step + 1) / 3 if step < 3 else 1 - (step - 3) / 11
+    )
+    expected = []
+    for epoch in range(2):
+        for indices in plan_epoch(train.lengths, 8, seed=0, epoch=epoch):
+            batch = task.collate([train.rows[i] for i in indices])
+            labels = batch.pop("labels")
+            loss = functional.cross_entropy(model(**batch).logits, labels, label_smoothing=0.1)
+            optimizer.zero_grad()
+            (loss + 1e-3 * sum(p.abs().sum() for p in matrices)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+            expected.append((loss.item(), norm.item(), rate))
+
+    found = [(r["loss"], r["grad_norm"], r["learning_rate"]) for r in rows(tmp_path)]
+    assert torch.tensor(found).shape == (14, 3)
+    assert (torch.tensor(found) - torch.tensor(expected)).abs().max() <= 5e-6
+    ours, plain = parameters_of(trainer), dict(model.named_parameters())
+    assert max((ours[n] - plain[n]).abs().max() for n in plain) <= 5e-6
+
+
+def test_workers_of_the_data_loader_change_no_bit(make_trainer, parameters_of, tmp_path):
+    results = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        trainer = make_trainer(folder, dataloader_num_workers=workers, dropout=0.2, max_steps=9)
+        trainer.fit(StopRequest())
+        results.append((losses(folder), parameters_of(trainer)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][n], results[1][1][n]) for n in results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"),
+    [(2.0, None, 14), (0.5, None, 4), (1.5, None, 11), (2.0, 5, 5), (1.0, 100, 7)],
+)
+def test_epochs_may_be_fractions_and_max_steps_only_shortens(
+    make_trainer, tmp_path, epochs, max_steps, expected
+):
+    state = make_trainer(num_train_epochs=epochs, max_steps=max_steps).fit(StopRequest())
+    assert state.step == expected
+    assert [r["step"] for r in rows(tmp_path) if "loss" in r] == list(range(1, expected + 1))
+    assert rows(tmp_path)[-1]["step"] == expected
+    assert "holdout_score" in rows(tmp_path)[-1]
+
+
+def test_examples_and_tokens_are_those_of_the_timed_steps(make_trainer, toy):
+    trainer = make_trainer(num_train_epochs=1.0)
+    metered = trainer._metered(plan_epoch(toy.split(50).lengths, 8, seed=0, epoch=0), 0)
+    trainer._metering_done = False
+    state = trainer.fit(StopRequest())
+    lengths = toy.split(50).lengths
+    steps = plan_epoch(lengths, 8, seed=0, epoch=0)
+    timed = [i for number, step in enumerate(steps) if number not in metered for i in step]
+    assert (state.examples, state.tokens) == (len(timed), sum(lengths[i] for i in timed))
+    assert state.metered_seconds > 0
+
+
+def test_the_largest_step_that_runs_is_metered(make_trainer):
+    trainer = make_trainer()
+    lengths = trainer.job.train.lengths
+    short, long = sorted(range(50), key=lengths.__getitem__)[:2], [lengths.index(max(lengths))] * 2
+    assert trainer._metered([short, short, short, long, short], 0) == {0, 1, 3}
+    assert trainer._metered([short, long, short], 0) == set()
+
+
+# Stopping
+
+
+def test_non_finite_loss_stops_before_the_step_and_names_the_examples(
+    make_trainer, toy, parameters_of, tmp_path
+):
+    trainer = make_trainer(save_steps=1)
+    steps = plan_epoch(toy.split(50).lengths, 8, seed=0, epoch=0)
+    culprit = steps[3][1]
+    before = {}
+    collate, real_step = trainer.job.task.collate, trainer._step
+
+    def poisoned(batch_rows):
+        batch = collate(batch_rows)
+        wanted = trainer.job.train.rows[culprit]
+        for i, row in enumerate(batch_rows):
+            if row is wanted:
+                batch["attention_mask"][i] = 0
+        return batch
+
+    def watched(batches):
+        before.update(parameters_of(trainer))
+        return real_step(batches)
+
+    trainer.job.task.collate, trainer._step = poisoned, watched
+    with pytest.raises(NonFiniteError) as raised:
+        trainer.fit(StopRequest())
+    assert str(raised.value) == (
+        f"step 4: loss nan, gradient norm nan; train examples {culprit}; "
+        "lower training.learning_rate, or look at these examples"
+    )
+    after = parameters_of(trainer)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    checkpoint = trainer.checkpoints.newest()
+    assert checkpoint.state["step"] == 3
+    assert all(torch.equal(checkpoint.trained[n], after[n]) for n in after)
+
+
+def test_non_finite_weight_blames_the_whole_step(make_trainer, toy):
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.job.model.head.bias[0] = math.inf
+    indices = sorted(plan_epoch(toy.split(50).lengths, 8, seed=0, epoch=0)[0])
+    with pytest.raises(NonFiniteError) as raised:
+        trainer.fit(StopRequest())
+    assert str(raised.value) == (
+        f"step 1: loss nan, gradient norm nan; train examples {', '.join(map(str, indices))}; "
+        "lower training.learning_rate, or look at these examples"
+    )
+
+
+def test_non_finite_gradient_of_a_finite_loss_stops(make_trainer):
+    trainer = make_trainer()
+    trainer.job.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteError, match=r"^step 1: loss 1\.\d+, gradient norm (nan|inf); "):
+        trainer.fit(StopRequest())
+
+
+def test_early_stopping_counts_evaluations_without_improvement(make_trainer, toy):
+    task = toy.Task(script=[0.5, 0.7, 0.7, 0.6, 0.9])
+    state = make_trainer(
+        task=task, eval_steps=2, early_stopping_patience=2, num_train_epochs=3.0
+    ).fit(StopRequest())
+    assert (state.step, state.best_step, task.evaluations) == (8, 4, 4)
+
+
+def test_a_signal_stops_after_the_step_with_a_checkpoint(make_trainer, monkeypatch):
+    trainer, stop = make_trainer(), StopRequest()
+    signal_after(trainer, monkeypatch, stop, 3)
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$") as raised:
+        trainer.fit(stop)
+    assert raised.value.status == "terminated"
+    assert trainer.state.step == 3
+    assert trainer.checkpoints.newest().state["step"] == 3
+
+
+# The best checkpoint
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize("crash", [None, 8])
+@pytest.mark.parametrize(
+    ("metric", "script", "best"),
+    [
+        ("score", [0.1, 0.5, 0.5, 0.2, 0.5, 0.4, 0.1], 4),
+        ("score", [0.9, 0.5, 0.5, 0.2, 0.5, 0.4, 0.1], 2),
+        ("score", [NAN, 0.1, NAN, 0.3, NAN, 0.3, 0.2], 8),
+        ("score", [-5.0, -4.0, -3.0, -2.0, -1.5, -1.2, -1.0], 14),
+        ("score", [NAN] * 7, None),
+        ("mse", [3.0, 2.0, 1.0, NAN, 1.0, 1.5, 2.0], 6),
+    ],
+)
+def test_what_is_kept_is_the_first_argbest(
+    make_trainer, toy, parameters_of, monkeypatch, metric, script, best, crash
+):
+    seen = {}
+
+    class Scripted(toy.Task):
+        metric_names = [metric]
+
+        def metrics(self, columns):
+            step = trainer.state.step
+            seen[step] = parameters_of(trainer)
+            return {metric: script[step // 2 - 1]}
+
+    trainer = make_trainer(task=Scripted(), eval_steps=2, save_steps=3, dropout=0.3)
+    if crash:
+        crash_at(trainer, monkeypatch, crash)
+        with pytest.raises(Crash):
+            trainer.fit(StopRequest())
+        trainer = make_trainer(task=Scripted(), eval_steps=2, save_steps=3, dropout=0.3)
+    state = trainer.fit(StopRequest(), resume=crash is not None)
+    assert state.best_step == best
+    kept, expected = parameters_of(trainer), seen[best or 14]
+    assert all(torch.equal(kept[n], expected[n]) for n in expected)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("crash", "optimizer"),
+    [(1, "adamw"), (5, "adamw"), (6, "adamw"), (7, "sgd"), (12, "adamw"), (14, "adamw")],
+)
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    make_trainer, tmp_path, monkeypatch, parameters_of, crash, optimizer
+):
+    settings = {
+        "dropout": 0.2,
+        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 3,
+        "save_steps": 4,
+        "eval_steps": 3,
+        "num_train_epochs": 2.5,
+        "optimizer": optimizer,
+    }
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.fit(StopRequest())
+    cut = make_trainer(tmp_path / "cut", **settings)
+    crash_at(cut, monkeypatch, crash)
+    with pytest.raises(Crash):
+        cut.fit(StopRequest())
+    torch.manual_seed(1)  # the experiment seeds before it makes the trainer
+    resumed = make_trainer(tmp_path / "cut", **settings)
+    resumed.fit(StopRequest(), resume=True)
+
+    assert (tmp_path / "cut/log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
+    assert resumed.state.history == whole.state.history
+    before, after = whole.checkpoints.newest(), resumed.checkpoints.newest()
+    assert before.state["step"] == after.state["step"] == 15
+    for kind in ("trained", "optimizer", "rng"):
+        (expected_file,) = (tmp_path / "whole/checkpoints/step-00000015").glob(f"{kind}.*")
+        found_file = tmp_path / "cut/checkpoints/step-00000015" / expected_file.name
+        assert found_file.read_bytes() == expected_file.read_bytes()
+    expected, found = parameters_of(whole), parameters_of(resumed)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_resumed_after_a_signal_equals_the_uninterrupted_run(
+    make_trainer, tmp_path, monkeypatch, parameters_of
+):
+    whole = make_trainer(tmp_path / "whole", dropout=0.2)
+    whole.fit(StopRequest())
+    for step in (2, 5, 9):  # three times, and the second time in another epoch
+        stop = StopRequest()
+        cut = make_trainer(tmp_path / "cut", dropout=0.2)
+        signal_after(cut, monkeypatch, stop, step)
+        with pytest.raises(Interrupted):
+            cut.fit(stop, resume=True)
+    cut = make_trainer(tmp_path / "cut", dropout=0.2)
+    cut.fit(StopRequest(), resume=True)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    expected, found = parameters_of(whole), parameters_of(cut)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_resume_after_a_damaged_checkpoint_writes_it_again(
+    make_trainer, tmp_path, monkeypatch, parameters_of
+):
+    whole = make_trainer(tmp_path / "whole", dropout=0.2, save_steps=3)
+    whole.fit(StopRequest())
+    cut = make_trainer(tmp_path / "cut", dropout=0.2, save_steps=3)
+    crash_at(cut, monkeypatch, 8)
+    with pytest.raises(Crash):
+        cut.fit(StopRequest())
+    folder = tmp_path / "cut/checkpoints"
+    (folder / "step-00000006/state.json").unlink()
+    (folder / "best-00000014").mkdir()
+    (folder / ".staging-0123").mkdir()
+    again = make_trainer(tmp_path / "cut", dropout=0.2, save_steps=3)
+    with pytest.warns(UserWarning, match=r"^checkpoint step-00000006 is skipped: "):
+        again.fit(StopRequest(), resume=True)
+    assert again.checkpoints.newest().state["step"] == 14
+    assert not (folder / ".staging-0123").exists()
+    expected, found = parameters_of(whole), parameters_of(again)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_resume_with_another_number_of_processes_is_refused(make_trainer, monkeypatch):
+    trainer = make_trainer(num_train_epochs=1.0)
+    trainer.fit(StopRequest())
+    trainer = make_trainer(num_train_epochs=1.0)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with pytest.raises(RunError) as raised:
+        trainer._restore()
+    assert str(raised.value) == "--resume: the run had 1 processes, now there are 2"
+
+
+def test_launch_of_processes_that_do_not_know_of_each_other_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(RunError) as raised:
+        make_trainer()
+    assert str(raised.value) == (
+        "launch: 2 processes were started, but Accelerate sees 1; on a CPU set "
+        "ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes N"
+    )
+
+
+def test_dropout_is_on_again_after_an_evaluation(make_trainer, monkeypatch):
+    trainer, modes = make_trainer(eval_steps=1, max_steps=3), []
+    real = trainer._step
+
+    def watched(batches):
+        modes.append(trainer.job.model.training)
+        return real(batches)
+
+    monkeypatch.setattr(trainer, "_step", watched)
+    trainer.fit(StopRequest())
+    assert modes == [True, True, True]

@@ -1,0 +1,76 @@
+"""Progress: plain lines, a bar on a terminal, nothing from other ranks, one log."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from peftkit.training.progress import Progress
+
+ROW = {"step": 3, "epoch": 0.5, "loss": 0.123456, "learning_rate": 5e-05}
+
+
+def progress(log, **changes):
+    return Progress(log, **{"total_steps": 9, "start_step": 0, "visible": True, **changes})
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_lines_on_stderr_where_there_is_no_terminal(tmp_path, capfd):
+    shown = progress(tmp_path / "log.jsonl")
+    shown.step()
+    shown.report(ROW)
+    shown.close()
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "step 3/9  epoch 0.5  loss 0.1235  learning_rate 5e-05\n")
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == ROW
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    shown = progress(tmp_path / "log.jsonl", start_step=2)
+    shown.step()
+    shown.report(ROW)
+    shown.report({"step": 3, "holdout_accuracy": 0.75})
+    shown.close()
+    text = terminal.getvalue()
+    assert "3/9" in text
+    assert "step 3/9  holdout_accuracy 0.75\n" in text
+    assert "\nstep 3/9  epoch" not in text
+    assert "loss 0.1235" in text
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_silent_on_other_ranks(tmp_path, capsys, monkeypatch, stream):
+    terminal = stream()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
+    shown = progress(tmp_path / "log.jsonl", visible=False)
+    shown.step()
+    shown.report(ROW)
+    shown.close()
+    assert (terminal.getvalue(), capsys.readouterr().out) == ("", "")
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 5}\n'
+
+
+def test_log_is_json_even_of_numbers_that_json_lacks(tmp_path):
+    shown = progress(tmp_path / "log.jsonl")
+    shown.report({"step": 1, "holdout_f1": float("nan"), "grad_norm": float("inf")})
+    line = (tmp_path / "log.jsonl").read_text()
+    assert line == '{"step": 1, "holdout_f1": null, "grad_norm": null}\n'
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 3, "loss": 0.1', "7\n", "{}\n"])
+def test_resumed_log_keeps_the_rows_up_to_its_step(tmp_path, torn):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "a": 1}\n{"step": 3}\n' + torn)
+    progress(log, start_step=2).report({"step": 3, "loss": 1.0})
+    assert log.read_text() == (
+        '{"step": 1}\n{"step": 2}\n{"step": 2, "a": 1}\n{"step": 3, "loss": 1.0}\n'
+    )
