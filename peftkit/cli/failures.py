@@ -1,0 +1,76 @@
+"""The one place where an exception becomes lines on stderr and an exit code.
+
+Called by the `peftkit` command and by `run.py`; imports only `errors`.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from peftkit.errors import PeftkitError, UsageError
+
+MAX_SURPRISE_CHARACTERS = 500
+
+
+def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
+    """Run `action`; its int result is the exit code, anything else counts as 0.
+
+    A `PeftkitError` prints one line per problem. Any other exception prints one line that names
+    it. `debug` adds the traceback in both cases. The result is always 0, 1 or 2.
+    """
+    try:
+        code = _ended(action)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _tell(["interrupted"], code=1, debug=debug)
+    except BrokenPipeError:
+        return _reader_went_away()
+    except PeftkitError as error:
+        return _tell(_lines(error), code=_allowed(error.exit_code), debug=debug)
+    except Exception as error:
+        return _tell([_surprise(error, debug=debug)], code=1, debug=debug)
+
+
+def _ended(action: Callable[[], object]) -> int:
+    try:
+        result = action()
+    except SystemExit as stop:
+        return _allowed(stop.code)
+    return _allowed(result if isinstance(result, int) else 0)
+
+
+def _allowed(code: object) -> int:
+    """The code that the command promises: 130 and its like count as 1."""
+    return {None: 0, 0: 0, 2: 2}.get(code if isinstance(code, int | None) else 1, 1)
+
+
+def _lines(error: PeftkitError) -> list[str]:
+    """The problems; on a further rank without what rank 0 says as well."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        return error.problems
+    if isinstance(error, UsageError):
+        return []
+    return [f"rank {rank}: {problem}" for problem in error.problems]
+
+
+def _surprise(error: Exception, *, debug: bool) -> str:
+    text = " ".join(str(error).split())[:MAX_SURPRISE_CHARACTERS]
+    advice = "" if debug else " (unexpected; rerun with --debug for the traceback)"
+    return f"{type(error).__name__}{': ' if text else ''}{text}{advice}"
+
+
+def _tell(lines: list[str], *, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    for line in lines:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _reader_went_away() -> int:
+    """`peftkit ls | head -1`: point stdout elsewhere, or the interpreter complains as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

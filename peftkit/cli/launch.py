@@ -1,0 +1,190 @@
+"""One run in processes of its own, started by `accelerate launch`.
+
+Called by the verb `run`; starts the installed `peftkit/run.py`, which leaves its exit code in a
+file because every launcher turns a child's code into 1. `run.py` comes in by
+`run_and_leave_exit_code`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import peftkit
+from peftkit.cli.failures import exit_code_of
+from peftkit.errors import RunError, UsageError
+
+SCRIPT = Path(peftkit.__file__).with_name("run.py")
+EXIT_FILE = "PEFTKIT_EXIT_FILE"
+"""Names the file in which the first process of a run leaves its exit code."""
+POLL_SECONDS = 0.2
+QUIET_LAUNCHER = "peftkit.cli.launcher"
+
+FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
+CONFIG_FILE_FLAG = "--config_file"
+PROCESSES_FLAG = "--num_processes"
+
+
+def launch(script_arguments: Sequence[str], *, nproc: int | None, extra: Sequence[str]) -> int:
+    """Run `peftkit/run.py` with `script_arguments` and wait; return the run's own exit code.
+
+    Args:
+        script_arguments: What follows `run.py` on the command line.
+        nproc: Processes on this machine; None leaves it to `extra` or Accelerate's config file.
+        extra: Arguments for `accelerate launch`; they win over the defaults.
+
+    Raises:
+        UsageError: more processes than this machine has accelerators.
+        RunError: the run ended without leaving an exit code.
+    """
+    module = "accelerate.commands.launch" if "--debug" in script_arguments else QUIET_LAUNCHER
+    launcher = [sys.executable, "-m", module, *launch_arguments(nproc, extra)]
+    with tempfile.TemporaryDirectory(prefix="peftkit-") as folder:
+        exit_file = Path(folder) / "exit_code"
+        environment = launch_environment(os.environ, nproc=nproc, extra=extra)
+        ended = supervise(
+            [*launcher, str(SCRIPT), *script_arguments],
+            environment={**environment, EXIT_FILE: str(exit_file)},
+        )
+        return _own_exit_code(exit_file, ended)
+
+
+def launch_arguments(nproc: int | None, extra: Sequence[str]) -> list[str]:
+    """Arguments of `accelerate launch`: explicit where it would warn about a default.
+
+    With a config file (named in `extra`, or the user's own) nothing is preset, so the file rules.
+    """
+    arguments = ["--quiet"]
+    if not _has_config_file(extra):
+        arguments += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        arguments += [PROCESSES_FLAG, str(nproc or 1)]
+    elif nproc is not None:
+        arguments += [PROCESSES_FLAG, str(nproc)]
+    if nproc is not None and nproc > 1:
+        arguments.append("--multi_gpu")
+    return [*arguments, *extra]
+
+
+def launch_environment(
+    inherited: Mapping[str, str], *, nproc: int | None, extra: Sequence[str]
+) -> dict[str, str]:
+    """The environment of the launcher.
+
+    `--multi_gpu` with ACCELERATE_USE_CPU is the one way in which Accelerate starts several
+    processes on a CPU. OMP_NUM_THREADS is set because its launcher would otherwise make it 1.
+    """
+    environment = dict(inherited)
+    if not _names(extra, PROCESSES_FLAG) and not _has_config_file(extra):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // (nproc or 1))))
+    if nproc is not None and nproc > 1 and _accelerators(at_least=nproc) == 0:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return environment
+
+
+def _accelerators(*, at_least: int) -> int:
+    """Accelerators of this machine.
+
+    Raises:
+        UsageError: there are some, but fewer than `at_least`.
+    """
+    import torch
+
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if 0 < found < at_least:
+        raise UsageError(f"--nproc {at_least}: this machine has {found} accelerators; at most that")
+    return found
+
+
+def _has_config_file(extra: Sequence[str]) -> bool:
+    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
+    users_own = Path(home) / "accelerate"
+    names = ("default_config.yaml", "default_config.json")
+    return _names(extra, CONFIG_FILE_FLAG) or any((users_own / n).is_file() for n in names)
+
+
+def _names(extra: Sequence[str], flag: str) -> bool:
+    return any(word == flag or word.startswith(f"{flag}=") for word in extra)
+
+
+def supervise(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
+    """Run `command`; pass each Ctrl-C, SIGTERM and SIGHUP on to the run exactly once.
+
+    The launcher gets a session of its own: a Ctrl-C on the terminal then reaches only this
+    process, and not every process of the run a first time before it is passed on.
+    """
+    with _noted_signals() as pending:
+        process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        while True:
+            try:
+                return process.wait(timeout=POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                while pending:
+                    _pass_on(pending.pop(0), process.pid)
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[signal.Signals]]:
+    """Collect the forwarded signals instead of dying of them; one that was ignored stays so."""
+    pending: list[signal.Signals] = []
+    numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda caught, _: pending.append(signal.Signals(caught)))
+    try:
+        yield pending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(number: signal.Signals, launcher: int) -> None:
+    """Signal the run; a lost terminal counts as SIGTERM, so that a record is left."""
+    workers = _workers(launcher)
+    if number == getattr(signal, "SIGHUP", None) or not workers:
+        number = signal.SIGTERM
+    for pid in workers or [launcher]:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _workers(launcher: int) -> list[int]:
+    """Who has to get a signal, empty before the run has started.
+
+    The launcher of one process only waits for it and passes nothing on, so its child is meant.
+    The launcher of several starts each in a session of its own and passes signals on itself.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        children = [child.pid for child in psutil.Process(launcher).children()]
+        own = [pid for pid in children if os.getpgid(pid) == launcher]
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return []
+    return own or ([launcher] if children else [])
+
+
+def run_and_leave_exit_code(run: Callable[[list[str]], int]) -> int:
+    """Inside the run: carry out `sys.argv` and leave the exit code where `launch` looks for it."""
+    code = exit_code_of(lambda: run(sys.argv[1:]), debug="--debug" in sys.argv)
+    exit_file = os.environ.get(EXIT_FILE)
+    if exit_file and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(exit_file).write_text(str(code))
+    return code
+
+
+def _own_exit_code(exit_file: Path, ended: int) -> int:
+    if ended == 0 or exit_file.is_file():
+        return int(exit_file.read_text()) if exit_file.is_file() else 0
+    if ended == UsageError.exit_code:
+        return ended  # accelerate launch refused its arguments and has said so
+    raise RunError(
+        f"the run ended without a result (launcher: {ended}); it was stopped before it began or "
+        "killed from outside, most often for lack of memory; see the lines above"
+    )

@@ -1,0 +1,183 @@
+"""The verbs `evaluate` and `predict`: a stored delta, loaded in this process, at work.
+
+Called by `cli.app`; imports torch and the loading inside each verb. The model runs in the mixed
+precision that it was trained in, so that the same inputs give the same numbers.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftkit.cli.output import JsonFlag, note, print_json, print_pairs, print_table
+from peftkit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from peftkit.registry import DeltaInfo
+    from peftkit.registry.loading import LoadedDelta
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name, or name@v2.")]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric as the run recorded it and as it is now; None is "not a finite number"."""
+
+    metric: str
+    recorded: float | None
+    now: float | None
+
+    @property
+    def equal(self) -> bool:
+        """To the last bit: the same inputs in the same precision leave no room for noise."""
+        return self.recorded == self.now
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs."""
+    app.command("evaluate", epilog="Example: peftkit evaluate lora_sst2@v1")(evaluate)
+    app.command("predict", epilog='Example: peftkit predict lora_sst2 "a quiet triumph"')(predict)
+
+
+def evaluate(name: Name, *, as_json: JsonFlag = False) -> None:
+    """Score a delta again.
+
+    Loads it in this process, scores it on its validation split, and compares with the scores that
+    its run recorded. Exits 1 if one differs.
+    """
+    from peftkit.registry.loading import load_delta
+    from peftkit.reporting.record import STAND_IN_LINE
+
+    loaded = load_delta(name)
+    scores, examples = rescore(loaded)
+    equal = all(score.equal for score in scores)
+    if loaded.stored.info.stand_in:
+        note(STAND_IN_LINE)
+    if as_json:
+        print_json(_evaluation(loaded, scores) | {"examples": examples, "equal": equal})
+    else:
+        print_table(["metric", "recorded", "now", "equal"], [_row(score) for score in scores])
+    if not equal:
+        note(f"{name}: other scores than the run's: the data, libraries or hardware differ")
+        raise typer.Exit(1)
+
+
+def rescore(loaded: "LoadedDelta") -> tuple[list[Score], int]:
+    """Metrics on validation beside the recorded ones, and the number of examples.
+
+    Raises:
+        DataError: the sample lies where the real data was, or the other way round.
+    """
+    from peftkit.training.evaluation import Evaluator
+
+    info = loaded.stored.info
+    data = loaded.task.load(loaded.tokenizer, seed=info.run.seed)
+    if data.stand_in != info.stand_in:
+        raise DataError(_other_data(info))
+    accelerator = _accelerator(info)
+    model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
+    batch_size = info.recipe["training"]["per_device_eval_batch_size"]
+    result = Evaluator(accelerator, batch_size).evaluate(model, loaded.task, data.validation)
+    recorded = info.run.metrics
+    names = [*recorded, *(result.metrics.keys() - recorded.keys())]
+    now = {key: _finite(value) for key, value in result.metrics.items()}
+    scores = [Score(key, recorded.get(key), now.get(key)) for key in names]
+    return scores, len(data.validation.rows)
+
+
+def predict(
+    name: Name,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text.")],
+    second: Annotated[
+        str | None, typer.Argument(metavar="TEXT2", help="The other text of a pair.")
+    ] = None,
+    *,
+    as_json: JsonFlag = False,
+) -> None:
+    """Answer for one text.
+
+    Prints the label and its probability, or the number that a regression predicts.
+    """
+    from peftkit.registry.loading import load_delta
+
+    texts = [text] if second is None else [text, second]
+    loaded = load_delta(name)
+    answer = answer_for(loaded, texts)
+    if as_json:
+        print_json(answer)
+    elif answer["label"] is None:
+        print(f"{answer['score']:.4f}")
+    else:
+        print_pairs([(answer["label"], f"{answer['score']:.4f}")])
+
+
+def answer_for(loaded: "LoadedDelta", texts: list[str]) -> dict[str, Any]:
+    """`label`, `score` and, for a classification, `scores` by label.
+
+    Raises:
+        UsageError: the task answers no texts, or another number of them.
+    """
+    import torch
+
+    rows = _encode(loaded, texts)
+    accelerator = _accelerator(loaded.stored.info)
+    model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
+    batch = {k: v.to(accelerator.device) for k, v in loaded.task.collate(rows).items()}
+    with torch.no_grad():
+        logits = model(**batch).logits[0].float()
+    labels = loaded.stored.info.labels
+    if labels is None:
+        return {"label": None, "score": float(logits[0])}
+    scores = dict(zip(labels, logits.softmax(-1).tolist(), strict=True))
+    best = max(scores, key=scores.__getitem__)
+    return {"label": best, "score": scores[best], "scores": scores}
+
+
+def _encode(loaded: "LoadedDelta", texts: list[str]) -> Any:
+    encode = getattr(loaded.task, "encode", None)
+    if encode is None:
+        raise UsageError(f"predict: task '{loaded.stored.info.task['type']}' answers no texts")
+    columns = loaded.stored.info.task.get("text_columns")
+    if columns and len(texts) != len(columns):
+        expected = f"{len(columns)} ({', '.join(columns)})"
+        raise UsageError(
+            f"predict: expected as many texts as it reads, {expected}; {len(texts)} found"
+        )
+    return encode(loaded.tokenizer, [texts])
+
+
+def _accelerator(info: "DeltaInfo") -> "Accelerator":
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision=info.model["mixed_precision"])
+
+
+def _other_data(info: "DeltaInfo") -> str:
+    trained, found = ("peftkit's sample", "the real data")
+    if not info.stand_in:
+        trained, found = found, trained
+    return (
+        f"{info.task['dataset']}: the run was scored on {trained}, found {found}; "
+        "the scores cannot be compared"
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if value - value == 0 else None
+
+
+def _evaluation(loaded: "LoadedDelta", scores: list[Score]) -> dict[str, Any]:
+    return {
+        "name": loaded.stored.name,
+        "version": loaded.stored.version,
+        "stand_in": loaded.stored.info.stand_in,
+        "metrics": {score.metric: score.now for score in scores},
+        "recorded": {score.metric: score.recorded for score in scores},
+    }
+
+
+def _row(score: Score) -> list[str]:
+    shown = ["-" if value is None else f"{value:.6f}" for value in (score.recorded, score.now)]
+    return [score.metric, *shown, "yes" if score.equal else "no"]

@@ -1,0 +1,67 @@
+"""Exceptions become lines on stderr and a code of 0, 1 or 2."""
+
+import pytest
+
+from peftkit.cli.failures import exit_code_of
+from peftkit.errors import DataError, PeftkitError, RecipeError, RunError
+
+
+class StoppedError(RunError):
+    exit_code = 130
+
+
+def raiser(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (RecipeError(["a:1: x", "a:2: y"]), 2, "a:1: x\na:2: y\n"),
+        (DataError("train: no rows"), 1, "train: no rows\n"),
+        (StoppedError("stopped by SIGINT"), 1, "stopped by SIGINT\n"),
+        (KeyboardInterrupt(), 1, "interrupted\n"),
+        (
+            ValueError("two\n  lines"),
+            1,
+            "ValueError: two lines (unexpected; rerun with --debug for the traceback)\n",
+        ),
+        (
+            AssertionError(),
+            1,
+            "AssertionError (unexpected; rerun with --debug for the traceback)\n",
+        ),
+        (SystemExit(130), 1, ""),
+        (SystemExit(2), 2, ""),
+        (SystemExit(None), 0, ""),
+        (SystemExit("text"), 1, ""),
+    ],
+)
+def test_a_failure_has_its_code_and_lines(error, code, lines, capsys):
+    assert exit_code_of(raiser(error), debug=False) == code
+    assert capsys.readouterr() == ("", lines)
+
+
+@pytest.mark.parametrize(("result", "code"), [(0, 0), (1, 1), (2, 2), (None, 0), (7, 1)])
+def test_a_result_is_the_code(result, code):
+    assert exit_code_of(lambda: result, debug=False) == code
+
+
+def test_debug_adds_the_traceback(capsys):
+    assert exit_code_of(raiser(ValueError("odd")), debug=True) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "ValueError: odd"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(PeftkitError(["a", "b"]), "rank 1: a\nrank 1: b\n"), (RecipeError("every rank sees it"), "")],
+)
+def test_a_further_rank_names_itself_and_repeats_no_usage(error, said, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    exit_code_of(raiser(error), debug=False)
+    assert capsys.readouterr().err == said
