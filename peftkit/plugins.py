@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peftkit.errors import UsageError, suggestion
 from peftkit.schema import Section
@@ -87,8 +87,9 @@ def _import(group: Group, name: str) -> type[Any] | str:
         else:
             module, _, attribute = target.partition(":")
             found = getattr(import_module(module), attribute)
-    except Exception as error:  # a stranger's package may fail at import in any way
-        return f"cannot be imported: {type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # a stranger's package may fail in any way
+        reason = " ".join(str(error).split())
+        return f"cannot be imported: {type(error).__name__}: {reason}"
     return _defect(found, name) or found
 
 
@@ -96,7 +97,8 @@ def _defect(found: Any, name: str) -> str | None:
     config = getattr(found, "Config", None)
     if not (isinstance(config, type) and issubclass(config, Section)):
         return "has no Config that derives from peftkit.schema.Section"
-    if "type" not in config.model_fields:
+    field = config.model_fields.get("type")
+    if field is None or get_args(field.annotation) != (name,):
         return f"its Config lacks the field `type: Literal['{name}']`"
     return None
 

@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self, Union
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -26,9 +25,10 @@ from peftkit import plugins, yaml_source
 from peftkit.errors import RecipeError, UsageError, suggestion
 from peftkit.modeling.base import BaseConfig
 from peftkit.plugins import Group
+from peftkit.recipe_problems import Wording, shown
 from peftkit.schema import Section
 from peftkit.training.config import TrainingConfig
-from peftkit.yaml_source import Document
+from peftkit.yaml_source import Document, printable
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -87,17 +87,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: every problem of the file and the overrides, one line each.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError(f"{path}: cannot be read: {reason}") from error
-    document = yaml_source.parse(text, str(path))
+    document = yaml_source.parse(_read(path), str(path))
     if not isinstance(document.value, dict):
         raise RecipeError(f"{path}: must be a mapping with the keys base, task, method, training")
     origins = _apply(document.value, overrides)
     document.value.setdefault("name", re.sub(r"[^a-z0-9._-]", "_", path.stem.lower()))
     return _validate(document, origins, path)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(yaml_source.MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > yaml_source.MAX_BYTES:
+        raise RecipeError(f"{path}: larger than {yaml_source.MAX_BYTES} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}:{line}: not UTF-8 text") from error
 
 
 def from_resolved(content: dict[str, Any]) -> Recipe:
@@ -111,7 +121,7 @@ def from_resolved(content: dict[str, Any]) -> Recipe:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included."""
-    return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+    return yaml_source.dump(recipe.resolved())
 
 
 def recipe_model() -> type[BaseModel]:
@@ -138,11 +148,12 @@ def _apply(content: dict[str, Any], overrides: Sequence[str]) -> dict[tuple[str,
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = tuple(key.split("."))
+        where = f"override '{printable(override)}'"
         if not equals or not all(parts):
-            problems.append(f"override '{override}': must be key=value, e.g. training.max_steps=10")
+            problems.append(f"{where}: must be key=value, e.g. training.max_steps=10")
             continue
         try:
-            value = yaml_source.parse(text, f"override '{override}'").value
+            value = yaml_source.parse(text, where).value
         except RecipeError as error:
             problems += error.problems
             continue
@@ -150,10 +161,10 @@ def _apply(content: dict[str, Any], overrides: Sequence[str]) -> dict[tuple[str,
         for part in parts[:-1]:
             section = section.setdefault(part, {}) if isinstance(section, dict) else None
         if not isinstance(section, dict):
-            problems.append(f"override '{override}': '{key}' is not inside a section")
+            problems.append(f"{where}: '{printable(key)}' is not inside a section")
             continue
         section[parts[-1]] = value
-        origins[parts] = f"override '{override}'"
+        origins[parts] = where
     if problems:
         raise RecipeError(problems)
     return origins
@@ -161,83 +172,38 @@ def _apply(content: dict[str, Any], overrides: Sequence[str]) -> dict[tuple[str,
 
 def _validate(document: Document, origins: dict[tuple[str, ...], str], path: Path) -> Recipe:
     """Validate every section, wording all problems at once."""
-    configs: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     problems: list[tuple[int, str]] = []
-    wording = _Wording(document, origins, path)
+    wording = Wording(document, origins, path)
     for section, group in _GROUPS.items():
-        content = document.value.get(section)
-        named = content.get("type") if isinstance(content, dict) else None
-        configs[section] = Any
-        try:
-            if isinstance(content, dict):
-                configs[section] = plugins.load(group, named or "")
-        except UsageError as error:
-            text = str(error) if named else f"missing key; {suggestion('', plugins.names(group))}"
-            problems.append(wording.place((section, "type"), text))
-    types = [c if c is Any else c.Config for c in (configs["task"], configs["method"])]
+        found = _section_type(document.value.get(section), group)
+        types[section] = dict[str, Any] if isinstance(found, str) else found
+        if isinstance(found, str):
+            problems.append(wording.place((section, "type"), found))
     try:
-        recipe = _model(*types).model_validate(document.value)
+        recipe = _model(types["task"], types["method"]).model_validate(document.value)
     except ValidationError as error:
-        problems += [wording.place(*wording.translate(e, types)) for e in error.errors()]
+        problems += wording.all_of(error, _sections(types))
     if problems:
         raise RecipeError([text for _, text in sorted(problems)])
     return recipe
 
 
-class _Wording:
-    """Turns pydantic's errors into `file:line: key: problem, nearest name`."""
+def _section_type(content: Any, group: Group) -> Any:
+    """The section's class, or what is wrong with its `type`."""
+    if not isinstance(content, dict):
+        return dict[str, Any]
+    name = content.get("type")
+    if name is None:
+        return f"missing key; {suggestion('', plugins.names(group))}"
+    if not isinstance(name, str):
+        return f"must be a name, found {shown(name)}; {suggestion('', plugins.names(group))}"
+    try:
+        return plugins.load(group, name).Config
+    except UsageError as error:
+        return str(error)
 
-    def __init__(self, document: Document, origins: dict[tuple[str, ...], str], path: Path) -> None:
-        self._document, self._origins, self._path = document, origins, path
 
-    def place(self, location: tuple[Any, ...], text: str) -> tuple[int, str]:
-        """Line for sorting, and the whole message."""
-        key = ".".join(str(part) for part in location)
-        prefix = f"{key}: " if key else ""
-        origin = next((o for p, o in self._origins.items() if p == location[: len(p)]), None)
-        if origin:
-            return 0, f"{origin}: {prefix}{text}"
-        line = next(
-            (
-                self._document.lines[location[:end]]
-                for end in range(len(location), -1, -1)
-                if location[:end] in self._document.lines
-            ),
-            0,
-        )
-        where = f"{self._path}:{line}" if line else str(self._path)
-        return line, f"{where}: {prefix}{text}"
-
-    def translate(self, error: Any, types: list[Any]) -> tuple[tuple[Any, ...], str]:
-        """Location and text of one of pydantic's errors."""
-        location, kind = tuple(error["loc"]), error["type"]
-        if kind == "extra_forbidden":
-            allowed = self._allowed(location[:-1], types)
-            return location, f"unknown key; {suggestion(str(location[-1]), allowed)}"
-        if kind == "missing":
-            return location, "missing key"
-        if kind == "value_error":
-            return location, str(error["ctx"]["error"])
-        found = error["input"]
-        names = {
-            str: "text",
-            bool: "true/false",
-            int: "number",
-            float: "number",
-            type(None): "null",
-        }
-        shown = json.dumps(found, default=str) if not isinstance(found, dict) else "a mapping"
-        what = names.get(type(found))
-        text = error["msg"].replace("Input should be", "must be").replace("String should", "must")
-        return location, f"{text}, found {shown[:80]}" + (f" ({what})" if what else "")
-
-    def _allowed(self, section: tuple[Any, ...], types: list[Any]) -> list[str]:
-        sections = {
-            (): Recipe,
-            ("base",): BaseConfig,
-            ("task",): types[0],
-            ("method",): types[1],
-            ("training",): TrainingConfig,
-        }
-        model = sections.get(section)
-        return list(model.model_fields) if model is not None and model is not Any else []
+def _sections(types: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
+    fixed = {"base": BaseConfig, "training": TrainingConfig}
+    return {(): Recipe} | {(key,): section for key, section in (fixed | types).items()}

@@ -4,16 +4,20 @@ Called by the recipe. PyYAML composes the nodes; the values are built here becau
 constructor reads `1e-4` as a string and `no` as false, and keeps the last of two equal keys.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from peftkit.errors import RecipeError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18
 MAX_DEPTH = 20
+MAX_NODES = 5000
+"""Keys and values of a document; PyYAML needs about half a second for so many."""
 
 Path = tuple[str | int, ...]
 
@@ -21,6 +25,7 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]{1,4000}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -36,8 +41,8 @@ def parse(text: str, where: str) -> Document:
     """Parse one YAML document.
 
     Raises:
-        RecipeError: not YAML, two equal keys, aliases, tags, or nested too deep; every duplicate
-            key is listed, the others end the reading.
+        RecipeError: not YAML, two equal keys, aliases, tags, too large or nested too deep; every
+            duplicate key is listed, most others end the reading.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{where}: larger than {MAX_BYTES} bytes")
@@ -48,8 +53,13 @@ def parse(text: str, where: str) -> Document:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from error
+    except ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        found = f"character #x{ord(text[error.position]):04x} is not allowed"
+        raise RecipeError(f"{where}:{number}: not valid YAML: {found}") from error
+    except (ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail
+        found = "an escape sequence or a version is out of range"
+        raise RecipeError(f"{where}: not valid YAML: {found}") from error
     builder = _Builder(where)
     value = builder.build(node, ()) if node is not None else None
     if builder.problems:
@@ -58,14 +68,20 @@ def parse(text: str, where: str) -> Document:
 
 
 def _refuse_tricks(text: str, where: str) -> None:
-    depth = 0
+    depth = nodes = documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         mark = event.start_mark
         line = f"{where}:{mark.line + 1}" if mark else where
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise RecipeError(f"{line}: anchors and aliases are not allowed; write the value out")
         if tag := getattr(event, "tag", None):
-            raise RecipeError(f"{line}: tag '{tag}' is not allowed")
+            raise RecipeError(f"{line}: tag '{printable(tag)}' is not allowed")
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        if documents > 1:
+            raise RecipeError(f"{line}: a second document starts here; write one only")
+        nodes += isinstance(event, yaml.NodeEvent)
+        if nodes > MAX_NODES:
+            raise RecipeError(f"{line}: more than {MAX_NODES} keys and values")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
@@ -86,6 +102,10 @@ class _Builder:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+        if _NO_TEXT.search(node.value):
+            name = printable(".".join(map(str, path)))
+            line = f"{self.where}:{node.start_mark.line + 1}"
+            self.problems.append(f"{line}: {name}: holds a NUL or half a character")
         plain = isinstance(node, yaml.ScalarNode) and node.style is None
         return scalar(node.value) if plain else node.value
 
@@ -97,9 +117,12 @@ class _Builder:
                 self.problems.append(f"{self.where}:{line}: a key must be plain text")
                 continue
             key = key_node.value
+            if _NO_TEXT.search(key):
+                self.problems.append(f"{self.where}:{line}: a key holds a NUL or half a character")
+                continue
             here = (*path, key)
             if key in result:
-                name = ".".join(map(str, here))
+                name = printable(".".join(map(str, here)))
                 first = self.lines[here]
                 self.problems.append(
                     f"{self.where}:{line}: {name}: duplicate key, first on line {first}"
@@ -108,6 +131,31 @@ class _Builder:
             self.lines[here] = line
             result[key] = self.build(value_node, here)
         return result
+
+
+def dump(value: Any) -> str:
+    """YAML that `parse` reads back as the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that YAML 1.2 reads as numbers and 1.1 does not, such as `1e-4` and `08`."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if isinstance(scalar(data), str) else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def printable(text: str, limit: int = 80) -> str:
+    """`text` on one line: control characters escaped, and cut at `limit` characters."""
+    line = text if text.isprintable() else json.dumps(text)[1:-1]
+    return line if len(line) <= limit else f"{line[:limit]}…"
 
 
 def scalar(text: str) -> Any:
