@@ -3,8 +3,7 @@
 Every recipe gets the same number of rates. One JSON line a run goes to `--out`; runs that are
 already there are not repeated. The registry and the run folders go to `--work`.
 
-    python benchmarks/tune_learning_rates.py --work /tmp/tune --out rates.jsonl \\
-        recipes/lora_cola.yaml=5e-4,1e-3,2e-3 recipes/full_cola.yaml=2e-5,5e-5,1e-4
+    python benchmarks/tune_learning_rates.py --work tuning --out rates.jsonl RECIPE=RATE,RATE ...
 """
 
 import argparse

@@ -87,6 +87,7 @@ class RunFacts:
             task=resolved["task"],
             method=resolved["method"],
             labels=self.data.label_names,
+            data={s.name: s.digest for s in (self.data.train, self.data.validation)},
             model={**asdict(spec), "config": dict(spec.config), "frozen": options.frozen},
             recipe=resolved,
             recipe_digest=recipe.digest(),

@@ -102,14 +102,21 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_of(tmp_path_factory):
-    """`model_type` → a base of that type, made once: `base_of("llama")`."""
-    made: dict[str, Path] = {}
+    """Bases of any type and size, each made once; their logits depend on the text."""
+    made: dict[tuple, Path] = {}
 
-    def get(model_type: str) -> Path:
-        if model_type not in made:
-            folder = tmp_path_factory.mktemp("base")
-            made[model_type] = save_base(folder, model_type=model_type, spread=0.2)
-        return made[model_type]
+    def get(model_type: str, *, depth: int = 3, seed: int = 0, width: int = 16) -> Path:
+        key = (model_type, depth, seed, width)
+        if key not in made:
+            made[key] = save_base(
+                tmp_path_factory.mktemp("base"),
+                model_type=model_type,
+                depth=depth,
+                seed=seed,
+                width=width,
+                spread=0.2,
+            )
+        return made[key]
 
     return get
 

@@ -68,7 +68,7 @@ def rescore(loaded: "LoadedDelta") -> tuple[list[Score], int]:
     """Metrics on validation beside the recorded ones, and the number of examples.
 
     Raises:
-        DataError: the sample lies where the real data was, or the other way round.
+        DataError: other validation rows than the run was scored on.
     """
     from peftkit.training.evaluation import Evaluator
 
@@ -76,6 +76,12 @@ def rescore(loaded: "LoadedDelta") -> tuple[list[Score], int]:
     data = loaded.task.load(loaded.tokenizer, seed=info.run.seed)
     if data.stand_in != info.stand_in:
         raise DataError(_other_data(info))
+    expected = info.data.get("validation", data.validation.digest)
+    if data.validation.digest != expected:
+        raise DataError(
+            f"{info.task['dataset']}: the run was scored on validation rows of digest {expected}, "
+            f"found {data.validation.digest}; the scores cannot be compared"
+        )
     accelerator = _accelerator(info)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
     batch_size = info.recipe["training"]["per_device_eval_batch_size"]

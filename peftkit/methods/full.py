@@ -3,7 +3,7 @@
 Named by `method.type: full`; called by the experiment through `contracts.Method`.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
@@ -50,7 +50,7 @@ class Full:
         parameters = trainable_parameters(model)
         if self.config.layerwise_lr_decay == 1.0:
             return [ParameterGroup(list(parameters.values()), learning_rate)]
-        depths = layer_depths(model)
+        depths = layer_depths(cast("PreTrainedModel", model))
         top = max(depths.values())
         groups: dict[int, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():

@@ -6,14 +6,25 @@ Reads safetensors files directly, so that no model is built and no code of the b
 
 import hashlib
 import json
+import operator
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from peftkit.errors import SourceError
 
 _CHUNK_BYTES = 1 << 22
+_DAMAGE = (
+    AttributeError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What reading a header raises that is not what the format says."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -68,14 +79,21 @@ def _tensor_lines(path: Path) -> Iterator[tuple[str, str]]:
         try:
             (size,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(size))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            entries = [_entry(n, entry) for n, entry in header.items() if n != "__metadata__"]
+        except _DAMAGE as error:
             raise SourceError(f"{path}: not a readable safetensors file ({error})") from error
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
+        for name, start, end, label in entries:
             stream.seek(8 + size + start)
-            shape = ",".join(map(str, entry["shape"]))
-            yield name, f"{name} {entry['dtype']} [{shape}] {_hash(stream, end - start)}"
+            yield name, f"{label} {_hash(stream, end - start)}"
+
+
+def _entry(name: str, entry: dict[str, Any]) -> tuple[str, int, int, str]:
+    """Name, first byte, byte after the last, and canonical label of a tensor in the header."""
+    start, end = map(operator.index, entry["data_offsets"])
+    if not 0 <= start <= end:
+        raise ValueError(f"tensor '{name}' lies at bytes {start} to {end}")
+    shape = ",".join(map(str, entry["shape"]))
+    return name, start, end, f"{name} {entry['dtype']} [{shape}]"
 
 
 def _hash(stream: BinaryIO, length: int) -> str:

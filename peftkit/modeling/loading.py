@@ -74,7 +74,8 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
             output_loading_info=True,
         )
     _check_report(folder, model, report)
-    _keep_cpu_weights_unpacked(model)
+    if quantised:
+        _keep_cpu_weights_unpacked(model)
     return model  # type: ignore[no-any-return]
 
 

@@ -53,6 +53,8 @@ class DeltaInfo(Section):
     method: dict[str, Any]
     labels: list[str] | None = None
     """Label names in id order."""
+    data: dict[str, Digest] = {}
+    """Split → digest of its cleaned rows, for `train` and `validation`."""
     model: dict[str, Any]
     """`auto_class` and the overrides of the base's config."""
     recipe: dict[str, Any]

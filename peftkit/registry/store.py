@@ -1,6 +1,6 @@
 """The store of deltas on disk: `<root>/<name>/v1`, `v2`, …, each folder written once and whole.
 
-Called by the experiment (save), by loading and by the CLI; it imports no tensor library.
+Called by the experiment, by loading and by the CLI; imports no tensor library.
 A version holds the delta's files and `manifest.json`, which is written last and says what the
 delta belongs to, and the size and SHA-256 of every other file. Digests find damage, not forgery.
 There are no locks: writers compete for the rename that publishes a version.
@@ -201,11 +201,8 @@ def _scan_name(folder: Path, found: Scan) -> None:
             found.deltas.append(_read_stored(contained(folder, version)))
         except RegistryError as error:
             found.problems.extend(error.problems)
-    found.problems.extend(
-        f"{folder / entry}: not a version such as 'v1'; remove it"
-        for entry in listed(folder)
-        if version_number(entry) is None and not entry.startswith(".")
-    )
+    strays = (e for e in listed(folder) if version_number(e) is None and not e.startswith("."))
+    found.problems.extend(f"{folder / e}: not a version such as 'v1'; remove it" for e in strays)
 
 
 def _make_folder(folder: Path) -> None:

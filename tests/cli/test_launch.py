@@ -51,7 +51,7 @@ sys.exit(supervise([sys.executable, '-c', *sys.argv[1:]], environment=os.environ
 """
 
 SCRIPT = """
-import os, sys
+import os, pathlib, sys, time
 from peftkit.cli.launch import run_and_leave_exit_code
 from peftkit.errors import UsageError
 
@@ -60,6 +60,10 @@ def run(argv):
     line = " ".join(os.environ.get(name, "-") for name in names)
     sys.stdout.write(f"{line} {argv}\\n")
     sys.stdout.flush()
+    # The first to fail has the others stopped: each must have spoken before.
+    pathlib.Path("rank-" + os.environ.get("RANK", "0")).touch()
+    while len(list(pathlib.Path().glob("rank-*"))) < int(os.environ.get("WORLD_SIZE", "1")):
+        time.sleep(0.02)
     if argv[1] == "usage":
         raise UsageError("a usage problem")
     return int(argv[1])

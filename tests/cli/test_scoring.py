@@ -130,6 +130,19 @@ def test_evaluate_refuses_other_data_than_the_runs(monkeypatch, capsys):
     )
 
 
+def test_evaluate_refuses_other_rows_than_the_runs(place, capsys):
+    path = place / "data" / "validation.jsonl"
+    before = path.read_text()
+    path.write_text(before.replace("good", "very"))
+    try:
+        assert main(["evaluate", "toy"]) == 1
+    finally:
+        path.write_text(before)
+    said = capsys.readouterr().err
+    assert "/data: the run was scored on validation rows of digest sha256:" in said
+    assert said.endswith("; the scores cannot be compared\n")
+
+
 def test_predict_answers_with_a_label_and_its_probability(capsys):
     assert main(["predict", "toy", "good film", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)

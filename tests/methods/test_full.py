@@ -3,9 +3,12 @@
 import pytest
 import tiny_runs
 
-TOP = {"bert": ["bert.pooler.dense.bias", "classifier.weight"], "gpt2": ["score.weight"]}
-TOP["gpt2"] += ["transformer.ln_f.weight"]
-TOP |= {"llama": ["model.norm.weight", "score.weight"], "distilbert": ["pre_classifier.bias"]}
+TOP = {
+    "bert": ["bert.pooler.dense.bias", "classifier.weight"],
+    "gpt2": ["transformer.ln_f.weight", "score.weight"],
+    "llama": ["model.norm.weight", "score.weight"],
+    "distilbert": ["pre_classifier.bias", "classifier.weight"],
+}
 BOTTOM = {
     "bert": "bert.embeddings.LayerNorm.bias",
     "gpt2": "transformer.wpe.weight",
@@ -30,7 +33,7 @@ def test_each_block_trains_at_a_fraction_of_the_rate_above_it(base_of, architect
         for group in method.parameter_groups(model, 0.32)
         for p in group.parameters
     }
-    expected = {name: 0.32 for name in TOP[architecture]}
+    expected = dict.fromkeys(TOP[architecture], 0.32)
     expected |= {BLOCK[architecture].format(i): 0.32 * 0.5 ** (3 - i) for i in range(3)}
     expected[BOTTOM[architecture]] = 0.32 * 0.5**4
     assert {name: rates[name] for name in expected} == expected

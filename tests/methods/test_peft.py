@@ -6,6 +6,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ValidationError
 
 from peftkit.errors import MethodError
+from peftkit.methods.peft import PeftConfig
 
 
 def problem_of(section):
@@ -17,8 +18,8 @@ def problem_of(section):
 
 def test_an_unknown_type_is_refused_with_the_nearest_and_all():
     known = ", ".join(sorted(peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING))
-    assert problem_of({"peft_type": "LOAH"}) == (
-        f"Value error, peft_type 'LOAH' is unknown; did you mean 'LOHA'? Choices: {known}"
+    assert problem_of({"peft_type": "LOHAA"}) == (
+        f"Value error, peft_type 'LOHAA' is unknown; did you mean 'LOHA'? Choices: {known}"
     )
 
 
@@ -63,3 +64,9 @@ def test_what_peft_refuses_is_one_line(base_of):
     assert str(caught.value) == (
         "method: PEFT refuses it: Please specify `token_dim` in `peft_config`"
     )
+
+
+def test_adalora_is_refused_because_nothing_would_move_its_ranks():
+    with pytest.raises(ValidationError) as refused:
+        PeftConfig(peft_type="ADALORA", r=4)
+    assert "moves ranks between layers during training" in str(refused.value)

@@ -5,7 +5,6 @@ import pytest
 import tiny_runs
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import save_base
 from pydantic import ValidationError
 
 from peftkit.modeling import loading
@@ -73,10 +72,10 @@ def repacking_cpu(monkeypatch):
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
 
 
-@pytest.fixture(scope="module")
-def wide_base(tmp_path_factory):
+@pytest.fixture
+def wide_base(base_of):
     """Repacking needs a width of whole blocks of 64."""
-    return save_base(tmp_path_factory.mktemp("wide"), width=64, depth=1)
+    return base_of("bert", width=64, depth=1)
 
 
 def eval_forward_keeps_bytes(folder):

