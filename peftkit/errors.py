@@ -59,6 +59,6 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     "did you mean 'lora'? Choices: full, lora"
     """
     known = sorted(choices)
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)  # 'aplha' is 0.53 of 'lora_alpha'
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}Choices: {', '.join(known)}"

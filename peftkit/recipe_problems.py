@@ -31,7 +31,7 @@ class Wording:
         """Line for sorting, and the whole message."""
         key = printable(".".join(str(part) for part in location))
         prefix = f"{key}: " if key else ""
-        text = printable(text, limit=2000)
+        text = printable(text, limit=1000)
         lines = self._document.lines
         for overridden, origin in self._origins.items():
             inside = overridden == location[: len(overridden)]

@@ -32,6 +32,11 @@ class PeftConfig(Section):
     def _keys_of_the_named_config(self) -> Self:
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+        if self.peft_type == "ADALORA":
+            raise ValueError(
+                "peft_type 'ADALORA' moves ranks between layers during training, which the "
+                "training loop does not do; take method lora with a rank_pattern"
+            )
         known = {
             peft_type.value: config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
         }

@@ -61,8 +61,9 @@ def run(argv):
     sys.stdout.write(f"{line} {argv}\\n")
     sys.stdout.flush()
     # The first to fail has the others stopped: each must have spoken before.
-    pathlib.Path("rank-" + os.environ.get("RANK", "0")).touch()
-    while len(list(pathlib.Path().glob("rank-*"))) < int(os.environ.get("WORLD_SIZE", "1")):
+    spoken = pathlib.Path(os.environ["PEFTKIT_EXIT_FILE"]).parent
+    (spoken / ("rank-" + os.environ.get("RANK", "0"))).touch()
+    while len(list(spoken.glob("rank-*"))) < int(os.environ.get("WORLD_SIZE", "1")):
         time.sleep(0.02)
     if argv[1] == "usage":
         raise UsageError("a usage problem")

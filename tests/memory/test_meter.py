@@ -328,7 +328,7 @@ def test_misuse_is_refused():
     with pytest.raises(RunError) as unknown, meter.phase("evaluation"):
         pass
     assert str(unknown.value) == (
-        "memory phase 'evaluation': unknown; Choices: eval, load, train_step"
+        "memory phase 'evaluation': unknown; did you mean 'eval'? Choices: eval, load, train_step"
     )
     with pytest.raises(RunError) as outside, meter.probe([]):
         pass

@@ -148,7 +148,9 @@ def test_unknown_names_and_versions_get_the_nearest_one(registry):
     assert refusal(registry.find, "review") == [
         f"{root}: no delta 'review'; did you mean 'reviews'? Choices: reviews"
     ]
-    assert refusal(registry.find, "reviews@v2") == [f"{root}/reviews: no version 'v2'; Choices: v1"]
+    assert refusal(registry.find, "reviews@v2") == [
+        f"{root}/reviews: no version 'v2'; did you mean 'v1'? Choices: v1"
+    ]
     assert refusal(registry.find, "../reviews")[0].startswith("delta name '../reviews': expected")
     assert refusal(registry.save, "../reviews", weights(), info())[0].startswith("delta name")
 
