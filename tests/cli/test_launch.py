@@ -144,9 +144,10 @@ def test_accelerators_are_used_where_there_are_enough(monkeypatch):
     assert str(refused.value) == "--nproc 4: this machine has 2 accelerators; at most that"
 
 
-def default_sigint():
-    """A shell's background job ignores Ctrl-C, and its children inherit that."""
+def default_signals():
+    """A background job ignores Ctrl-C, one under nohup SIGHUP, and children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -157,7 +158,7 @@ def test_a_signal_reaches_the_run_once_and_its_end_is_awaited(launcher, sent, re
     log = tmp_path / "log"
     worker = [sys.executable, "-c", WORKER, str(log)]
     command = [sys.executable, "-c", SUPERVISOR, LAUNCHERS[launcher], *worker]
-    running = subprocess.Popen(command, start_new_session=True, preexec_fn=default_sigint)
+    running = subprocess.Popen(command, start_new_session=True, preexec_fn=default_signals)
     await_file(log.with_suffix(".ready"))
     # To the whole group, as a terminal does it.
     os.killpg(running.pid, getattr(signal, sent))
@@ -177,7 +178,7 @@ def test_a_signal_before_the_run_has_begun_stops_the_launcher(tmp_path):
     launcher = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     command = [sys.executable, "-c", SUPERVISOR, launcher]
     running = subprocess.Popen(
-        command, preexec_fn=default_sigint, stderr=subprocess.PIPE, start_new_session=True
+        command, preexec_fn=default_signals, stderr=subprocess.PIPE, start_new_session=True
     )
     await_file(ready)
     running.send_signal(signal.SIGINT)
