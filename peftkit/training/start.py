@@ -32,20 +32,19 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             f"{accelerator.num_processes}; on a CPU set ACCELERATE_USE_CPU=true and launch with "
             "--multi_gpu --num_processes N"
         )
-    idle = _idle_cores(accelerator)
-    if idle and accelerator.is_main_process:
+    cores, threads = _usable_cores(), torch.get_num_threads()
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if alone and threads < cores:
         print(
-            f"note: {idle} CPU cores stay idle, as OMP_NUM_THREADS is "
-            f"{os.environ.get('OMP_NUM_THREADS')} (accelerate launch sets it to 1 unless you set "
-            "it)",
+            f"note: this run uses {threads} of {cores} CPU cores, as OMP_NUM_THREADS is "
+            f"{os.environ.get('OMP_NUM_THREADS')} (accelerate launch makes it 1 unless it is set)",
             file=sys.stderr,
         )
     return accelerator
 
 
-def _idle_cores(accelerator: Accelerator) -> int:
-    """Cores that this process may use and will not, if it trains on the CPU alone."""
-    if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(0, (cores or 1) - torch.get_num_threads())
+def _usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
