@@ -350,8 +350,9 @@ def test_signalled_run_resumes_to_the_same_delta(recipe, recipe_file, number, st
         assert not (FOLDER / "record.json").exists()
     else:
         assert (process.returncode, out) == (1, "")
-        assert err.splitlines()[-1] == f"stopped by {number.name}"
         record = read_record(FOLDER / "record.json")
+        said = f"stopped by {number.name}; --resume goes on after step {record.optimizer_steps}"
+        assert err.splitlines()[-1] == said
         assert record.status == status
         newest = CheckpointFolder(FOLDER / "checkpoints").newest()
         assert newest.state["step"] == record.optimizer_steps < 440

@@ -257,7 +257,7 @@ class Trainer:
         number = int(self.accelerator.gather(asked).max())
         if number:
             self._save()
-            raise Interrupted(number)
+            raise Interrupted(number, saved_step=self.state.step)
 
     def _due(self, every: int | None, *, ended: bool) -> bool:
         """Every so many steps, or at the end of each epoch; and after the last step."""

@@ -14,10 +14,10 @@ from peftkit.errors import RunError
 class Interrupted(RunError):
     """The run was asked to stop. `status` is the record's: `interrupted` or `terminated`."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, saved_step: int | None = None) -> None:
         self.status = "interrupted" if number == signal.SIGINT else "terminated"
-        self.exit_code = 128 + number
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        hint = "" if saved_step is None else f"; --resume goes on after step {saved_step}"
+        super().__init__(f"stopped by {signal.Signals(number).name}{hint}")
 
 
 class StopRequest:
