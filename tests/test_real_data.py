@@ -43,6 +43,7 @@ def test_recipe_trains_and_its_delta_scores_the_same_in_a_new_process(tmp_path, 
     assert answer["metrics"] == record["metrics"]["validation"]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
 def test_stored_lora_opens_with_plain_peft(tmp_path):
     recipe = ROOT / "recipes" / "lora_sst2.yaml"
     done = peftkit(tmp_path, str(ROOT / "peftkit" / "run.py"), str(recipe), *SHORT)
