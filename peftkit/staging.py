@@ -31,7 +31,7 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         fsync_path(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: nothing half-written stays
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
@@ -55,7 +55,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             raise FileExistsError(target)
         os.rename(staging, target)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: nothing half-written stays
         shutil.rmtree(staging, ignore_errors=True)
         raise
     fsync_path(target.parent)

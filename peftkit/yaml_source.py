@@ -97,6 +97,7 @@ class _Builder:
         self.problems: list[str] = []
 
     def build(self, node: yaml.Node, path: Path) -> Any:
+        """Value of `node`, noting the line of `path` and of everything below it."""
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)

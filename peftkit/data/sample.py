@@ -222,6 +222,7 @@ class _Writer:
         self.unseen = unseen
 
     def sentence(self, *, positive: bool) -> str:
+        """One sentence whose composition gives it the asked-for verdict."""
         unseen = self.unseen and self.rng.random() < _UNSEEN_SHARE
         topic = self.rng.choice(_UNSEEN_TOPICS if unseen else _TOPICS)
         noun, second = self._pick(topic.nouns, 2)
