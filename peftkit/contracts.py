@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
-"""One tokenised example: `input_ids` (list of int), what else the tokeniser gives, and `label`."""
+"""One tokenised example: `input_ids` (list of int), what else the tokeniser gives, and `label`.
+
+`source_row`, if it is there, is the row's place in its split before cleaning, from 0: errors name
+it, so that a person finds the row."""
 
 Metrics = dict[str, float]
 

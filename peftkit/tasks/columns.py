@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TextRow = dict[str, Any]
-"""`texts`: one string a text column, "" where there is none; `label`: class id or number."""
+"""`texts`: one string a text column, "" where there is none; `label`: class id or number;
+`source_row`: place of the row in its split as it was read, from 0."""
 
 SHOWN = 5
 """Different wrong labels that are named one by one."""
@@ -59,8 +60,8 @@ def parse(splits: "Mapping[str, Dataset]", columns: Columns) -> Parsed:
         return Parsed({}, names, problems)
     rows = {
         split: [
-            {"texts": list(text), "label": label}
-            for text, label in zip(texts[split], labels[split], strict=True)
+            {"texts": list(text), "label": label, "source_row": number}
+            for number, (text, label) in enumerate(zip(texts[split], labels[split], strict=True))
         ]
         for split in splits
     }

@@ -68,9 +68,12 @@ def tokenise_parts(
     problems, total = [], 0
     for name, rows in parts.items():
         encoded, cut = tokenise(tokenizer, [row["texts"] for row in rows], max_length=max_length)
-        labelled = zip(encoded, rows, strict=True)
-        tokens = [{**new, "label": row["label"]} for new, row in labelled]
-        ready[name] = Split(name, tokens, rows_digest(rows))
+        both = zip(encoded, rows, strict=True)
+        tokens = [
+            {**new, "label": row["label"], "source_row": row["source_row"]} for new, row in both
+        ]
+        content = ({"texts": row["texts"], "label": row["label"]} for row in rows)
+        ready[name] = Split(name, tokens, rows_digest(content))
         total += cut
         if cut == len(rows):
             problems.append(

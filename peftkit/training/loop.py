@@ -288,7 +288,7 @@ class Trainer:
     def _non_finite(self, batches: StepBatches, loss: float, norm: float) -> NonFiniteError:
         own = examples_to_blame(self._bare_model(), self.job.task, batches)
         found = f"step {self.state.step + 1}: loss {loss}, gradient norm {norm}"
-        return NonFiniteError(f"{found}; train {worded(own)}")
+        return NonFiniteError(f"{found}; train {worded(own, self.job.train.rows)}")
 
 
 def _sizes(batches: StepBatches) -> tuple[int, int]:

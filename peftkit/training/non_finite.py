@@ -3,11 +3,13 @@
 Called by the loop when it stops for that reason, on every process at once.
 """
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from peftkit.contracts import Task
+from peftkit.contracts import Row, Task
 from peftkit.training.state import StepBatches
 
 _SHOWN = 8
@@ -35,8 +37,8 @@ def examples_to_blame(model: nn.Module, task: Task, batches: StepBatches) -> lis
     return sorted(blamed or everything)
 
 
-def worded(examples: list[int]) -> str:
-    """The examples and what to do, to end the error's line."""
+def worded(examples: list[int], rows: Sequence[Row]) -> str:
+    """Where the examples stand in their source and what to do, to end the error's line."""
     more = ", …" if len(examples) > _SHOWN else ""
-    shown = ", ".join(map(str, examples[:_SHOWN]))
-    return f"examples {shown}{more}; lower training.learning_rate, or look at these examples"
+    shown = ", ".join(str(rows[i].get("source_row", i)) for i in examples[:_SHOWN])
+    return f"rows {shown}{more}; lower training.learning_rate, or look at these examples"

@@ -18,7 +18,8 @@ def gather(accelerator: Accelerator) -> list[dict[str, Any]]:
     name, keys, position, has_gauss, gauss = legacy
     own = {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this process's own GPU only: reading the others' would open them.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],
     }
@@ -29,8 +30,8 @@ def gather(accelerator: Accelerator) -> list[dict[str, Any]]:
 def restore(state: dict[str, Any]) -> None:
     """Set this process's generators to `state`, one entry of what `gather` gave."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))

@@ -137,6 +137,7 @@ def test_rows_hold_ids_segments_and_label_without_padding(data):
         "input_ids": [2, *ids("b a film"), 3],
         "token_type_ids": [0] * 5,
         "label": 1,
+        "source_row": 1,
     }
     assert found.label_names == ["LABEL_0", "LABEL_1"]
     assert found.validation.lengths == [5] * 6
@@ -146,7 +147,7 @@ def test_new_texts_are_encoded_as_in_training_and_collate_in_a_fresh_task(data):
     found = make(data).load(make_tokenizer(), seed=0)
     fresh = make(data)
     rows = fresh.encode(make_tokenizer(), [[row["sentence"]] for row in reviews(20)])
-    trained = [{k: v for k, v in row.items() if k != "label"} for row in found.train.rows]
+    trained = [{key: row[key] for key in rows[0]} for row in found.train.rows]
     assert rows == trained
     assert "labels" not in fresh.collate(rows)
     assert fresh.encode(make_tokenizer(), []) == []

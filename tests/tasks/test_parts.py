@@ -1,13 +1,16 @@
 import pytest
 from transformers import PythonBackend
 
+from peftkit.data.splits import rows_digest
 from peftkit.errors import DataError
 from peftkit.tasks.encoding import tokenise
-from peftkit.tasks.parts import separate
+from peftkit.tasks.parts import separate, tokenise_parts
 
 
 def rows(*texts):
-    return [{"texts": [text], "label": i % 2} for i, text in enumerate(texts)]
+    return [
+        {"texts": [text], "label": i % 2, "source_row": i} for i, text in enumerate(texts)
+    ]
 
 
 def cut(train, validation, *, max_train=None, holdout_fraction=0.0, seed=0):
@@ -51,6 +54,15 @@ def test_the_subset_is_seeded_drawn_after_cleaning_and_keeps_its_order():
     assert counts["left_out_of_train"] == 6
     assert chosen == texts(cut(train, validation, max_train=4, seed=1)[0]["train"])
     assert any(texts(cut(train, [], max_train=4, seed=s)[0]["train"]) != chosen for s in (2, 3))
+
+
+def test_tokenised_rows_know_their_place_in_the_source_and_digests_do_not():
+    parts, _ = cut(rows("a", "b", "c", "d"), rows("b"), max_train=2, seed=1)
+    ready, _ = tokenise_parts(SlowTokenizer(pad_token="~"), parts, max_length=8)
+    places = [row["source_row"] for row in ready["train"].rows]
+    assert [["a", "b", "c", "d"][place] for place in places] == texts(parts["train"])
+    bare = [{"texts": row["texts"], "label": row["label"]} for row in parts["train"]]
+    assert ready["train"].digest == rows_digest(bare)
 
 
 def test_a_train_split_that_is_the_validation_split_is_refused():

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from peftkit.data.batching import plan_epoch
 from peftkit.errors import NonFiniteError, RunError
+from peftkit.training.non_finite import worded
 from peftkit.training.signals import Interrupted, StopRequest
 
 
@@ -202,7 +203,7 @@ def test_non_finite_loss_stops_before_the_step_and_names_the_examples(
     with pytest.raises(NonFiniteError) as raised:
         trainer.fit(StopRequest())
     assert str(raised.value) == (
-        f"step 4: loss nan, gradient norm nan; train examples {culprit}; "
+        f"step 4: loss nan, gradient norm nan; train rows {culprit}; "
         "lower training.learning_rate, or look at these examples"
     )
     after = parameters_of(trainer)
@@ -220,9 +221,14 @@ def test_non_finite_weight_blames_the_whole_step(make_trainer, toy):
     with pytest.raises(NonFiniteError) as raised:
         trainer.fit(StopRequest())
     assert str(raised.value) == (
-        f"step 1: loss nan, gradient norm nan; train examples {', '.join(map(str, indices))}; "
+        f"step 1: loss nan, gradient norm nan; train rows {', '.join(map(str, indices))}; "
         "lower training.learning_rate, or look at these examples"
     )
+
+
+def test_examples_are_named_by_their_place_in_the_source():
+    rows = [{"input_ids": [1], "source_row": place} for place in (3, 70, 800)]
+    assert worded([0, 2], rows).startswith("rows 3, 800; ")
 
 
 def test_non_finite_gradient_of_a_finite_loss_stops(make_trainer):
