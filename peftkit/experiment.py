@@ -22,7 +22,7 @@ from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
 from peftkit.run_facts import RunFacts, is_out_of_memory, status_of
-from peftkit.run_folder import OnExists, claim
+from peftkit.run_folder import OnExists, claimed
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.loop import Trainer
 from peftkit.training.signals import StopRequest
@@ -43,8 +43,12 @@ def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunReco
     """
     accelerator = start_accelerator(recipe.training)
     check_name(recipe.name)
-    claim(recipe.run_folder, recipe, accelerator, on_exists=on_exists)
-    facts = RunFacts(recipe, accelerator, MemoryMeter(accelerator.device))
+    with claimed(recipe.run_folder, recipe, accelerator, on_exists=on_exists):
+        return _recorded(RunFacts(recipe, accelerator, MemoryMeter(accelerator.device)), on_exists)
+
+
+def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
+    """Carry the run out, and leave a record however it ends."""
     try:
         with StopRequest().listening() as stop:
             _carry_out(facts, stop, resume=on_exists == "resume")
@@ -52,11 +56,11 @@ def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunReco
         # However it ended, the record comes first; the error goes on its way.
         _finish(facts, status_of(error), error)
         if is_out_of_memory(error):
-            raise RunError(_out_of_memory_line(recipe)) from error
+            raise RunError(_out_of_memory_line(facts.recipe)) from error
         raise
     record = _finish(facts, "completed")
-    if accelerator.is_main_process:
-        CheckpointFolder(recipe.run_folder / "checkpoints").clear()
+    if facts.accelerator.is_main_process:
+        CheckpointFolder(facts.recipe.run_folder / "checkpoints").clear()
     return record
 
 

@@ -3,7 +3,11 @@
 Called by the experiment.
 """
 
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,32 +24,44 @@ OnExists = Literal["refuse", "overwrite", "resume"]
 _OWN_FILES = ("recipe.yaml", "record.json", "predictions.parquet", "log.jsonl", "checkpoints")
 
 
-def claim(folder: Path, recipe: Recipe, accelerator: Accelerator, *, on_exists: OnExists) -> None:
-    """Make the folder, or deal with the one that is there; every process learns the outcome.
+@contextmanager
+def claimed(
+    folder: Path, recipe: Recipe, accelerator: Accelerator, *, on_exists: OnExists
+) -> Iterator[None]:
+    """Make the folder, or deal with the one that is there, and keep other runs out of it.
+
+    Every process learns the outcome. The lock goes with the process, however that ends.
 
     Raises:
-        RunError: the folder exists and must not be touched, or cannot be made; or the recipe to
-            resume differs from the one that the run was started with.
+        RunError: another run is at work in the folder; it exists and must not be touched, or cannot
+            be made; or the recipe to resume differs from the one that the run was started with.
     """
     problem: list[str | None] = [None]
-    if accelerator.is_main_process:
-        problem[0] = _claim(folder, resolved_yaml(recipe), on_exists)
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise RunError(problem[0])
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            problem[0] = _claim(folder, resolved_yaml(recipe), on_exists, held)
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise RunError(problem[0])
+        yield
 
 
-def _claim(folder: Path, recipe: str, on_exists: OnExists) -> str | None:
-    """Carry it out; returns what stands against it."""
+def _claim(folder: Path, recipe: str, on_exists: OnExists, held: ExitStack) -> str | None:
+    """Carry it out; returns what stands against it. The lock is let go when `held` is closed."""
     try:
-        if folder.exists() and any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if any(folder.iterdir()):
             if on_exists == "refuse":
                 return f"{folder}: the run's folder exists; add --overwrite or --resume"
             if on_exists == "resume":
                 return _resumable(folder, recipe)
             _empty(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "recipe.yaml", recipe.encode())
+    except BlockingIOError:
+        return f"{folder}: another run is at work in this folder; wait until it has ended"
     except OSError as error:
         return f"{folder}: cannot be written: {error.strerror}"
     return None

@@ -186,7 +186,7 @@ def test_nan_in_a_weight_is_non_finite_and_keeps_the_checkpoint(recipe, monkeypa
         return real(self, batches)
 
     monkeypatch.setattr(Trainer, "_step", poisoned)
-    with pytest.raises(NonFiniteError, match=r"^step 13: loss nan, .*; train examples \d+, "):
+    with pytest.raises(NonFiniteError, match=r"^step 13: loss nan, .*; train rows \d+, "):
         run_experiment(recipe())
     assert read_record(FOLDER / "record.json").status == "non_finite"
     newest = CheckpointFolder(FOLDER / "checkpoints").newest()

@@ -1,10 +1,12 @@
 """The run's folder: refused, emptied, or taken up again; whole messages."""
 
+import subprocess
+import sys
+
 import pytest
 
 from peftkit import run_folder
 from peftkit.recipe import from_resolved, resolved_yaml
-from peftkit.run_folder import claim
 from peftkit.training.config import TrainingConfig
 from peftkit.training.start import start_accelerator
 
@@ -26,10 +28,10 @@ def claimed(folder):
     def claimed(recipe, on_exists="refuse"):
         """What stands against it, or None."""
         try:
-            claim(folder, recipe, accelerator, on_exists=on_exists)
+            with run_folder.claimed(folder, recipe, accelerator, on_exists=on_exists):
+                return None
         except run_folder.RunError as error:
             return str(error)
-        return None
 
     return claimed
 
@@ -48,6 +50,22 @@ def test_a_new_folder_gets_the_recipe(claimed, folder, recipe, on_exists):
 def test_an_empty_folder_is_taken(claimed, folder, recipe):
     folder.mkdir(parents=True)
     assert claimed(recipe) is None
+
+
+@pytest.mark.parametrize("on_exists", ["refuse", "overwrite", "resume"])
+def test_a_folder_in_which_a_run_is_at_work_is_refused(claimed, folder, recipe, on_exists):
+    claimed(recipe)
+    # A process that is killed lets go of the lock, with nothing to tidy up.
+    script = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); print(); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    message = f"{folder}: another run is at work in this folder; wait until it has ended"
+    assert claimed(recipe, on_exists) == message
+    other.kill()
+    other.communicate()
+    assert claimed(recipe, "resume") is None
 
 
 def test_an_existing_run_is_refused_and_untouched(claimed, folder, recipe, tiny_recipe):
@@ -108,4 +126,4 @@ def test_a_stored_recipe_that_is_no_text_is_another_recipe(claimed, folder, reci
 def test_a_file_in_the_place_of_the_folder_is_named(claimed, folder, recipe):
     folder.parent.mkdir()
     folder.touch()
-    assert claimed(recipe) == f"{folder}: cannot be written: Not a directory"
+    assert claimed(recipe) == f"{folder}: cannot be written: File exists"

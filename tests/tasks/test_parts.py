@@ -8,9 +8,7 @@ from peftkit.tasks.parts import separate, tokenise_parts
 
 
 def rows(*texts):
-    return [
-        {"texts": [text], "label": i % 2, "source_row": i} for i, text in enumerate(texts)
-    ]
+    return [{"texts": [text], "label": i % 2, "source_row": i} for i, text in enumerate(texts)]
 
 
 def cut(train, validation, *, max_train=None, holdout_fraction=0.0, seed=0):
