@@ -65,13 +65,10 @@ class Trainer:
             NonFiniteError: NaN or Inf in a loss or gradient; parameters are as before that step.
             Interrupted: a signal came; a checkpoint of the last finished step is written.
         """
-        if resume:
-            self._restore()
+        after = self._restore() if resume else None
         visible = self.accelerator.is_main_process
         log = self.job.folder / "log.jsonl"
-        progress = Progress(
-            log, total_steps=self.total_steps, start_step=self.state.step, visible=visible
-        )
+        progress = Progress(log, total_steps=self.total_steps, resumed_after=after, visible=visible)
         try:
             with stop.deferred():
                 while self.state.step < self.total_steps and not self._out_of_patience():
@@ -237,11 +234,11 @@ class Trainer:
             self.checkpoints.drop_after(found.state["step"] if found else 0)
         return found
 
-    def _restore(self) -> None:
-        """Go on from the newest whole checkpoint; from the start if there is none."""
+    def _restore(self) -> int:
+        """Go on after the newest whole checkpoint's step, which is returned; after 0 if none is."""
         found = self._newest()
         if found is None:
-            return
+            return 0
         facts = dict(found.state)
         processes, now = facts.pop("processes"), self.accelerator.num_processes
         if processes != now:
@@ -250,6 +247,7 @@ class Trainer:
         self.optimizer.load_state_dict(found.optimizer)
         self.state = TrainState(**facts)
         rng.restore(found.rng[self.accelerator.process_index])
+        return self.state.step
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
         """Save and stop if any process was asked to: all leave at the same step."""

@@ -13,20 +13,29 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Shows and logs training steps of the main process."""
+    """Shows and logs training steps of the main process.
 
-    def __init__(self, log: Path, *, total_steps: int, start_step: int, visible: bool) -> None:
+    `resumed_after` is the step that a resumed run goes on after; None for a run from the start.
+    """
+
+    def __init__(
+        self, log: Path, *, total_steps: int, resumed_after: int | None, visible: bool
+    ) -> None:
+        start_step = resumed_after or 0
         self._log = log
         self._visible = visible
         self._total = total_steps
+        if visible:
+            _truncate(log, start_step)
+        if visible and resumed_after is not None:
+            reason = "" if start_step else ", as there is no checkpoint"
+            print(f"resuming after step {start_step}{reason}", file=sys.stderr, flush=True)
         terminal = visible and sys.stderr.isatty()
         self._bar = (
             tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
             if terminal
             else None
         )
-        if visible:
-            _truncate(log, start_step)
 
     def step(self) -> None:
         """One optimizer step is done."""

@@ -12,7 +12,7 @@ ROW = {"step": 3, "epoch": 0.5, "loss": 0.123456, "learning_rate": 5e-05}
 
 
 def progress(log, **changes):
-    return Progress(log, **{"total_steps": 9, "start_step": 0, "visible": True, **changes})
+    return Progress(log, **{"total_steps": 9, "resumed_after": None, "visible": True, **changes})
 
 
 class Terminal(io.StringIO):
@@ -33,7 +33,7 @@ def test_plain_lines_on_stderr_where_there_is_no_terminal(tmp_path, capfd):
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    shown = progress(tmp_path / "log.jsonl", start_step=2)
+    shown = progress(tmp_path / "log.jsonl", resumed_after=2)
     shown.step()
     shown.report(ROW)
     shown.report({"step": 3, "holdout_accuracy": 0.75})
@@ -44,6 +44,15 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     assert "\nstep 3/9  epoch" not in text
     assert "loss 0.1235" in text
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("after", "line"),
+    [(7, "resuming after step 7\n"), (0, "resuming after step 0, as there is no checkpoint\n")],
+)
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, capfd, after, line):
+    progress(tmp_path / "log.jsonl", resumed_after=after)
+    assert capfd.readouterr() == ("", line)
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
@@ -70,7 +79,7 @@ def test_log_is_json_even_of_numbers_that_json_lacks(tmp_path):
 def test_resumed_log_keeps_the_rows_up_to_its_step(tmp_path, torn):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "a": 1}\n{"step": 3}\n' + torn)
-    progress(log, start_step=2).report({"step": 3, "loss": 1.0})
+    progress(log, resumed_after=2).report({"step": 3, "loss": 1.0})
     assert log.read_text() == (
         '{"step": 1}\n{"step": 2}\n{"step": 2, "a": 1}\n{"step": 3, "loss": 1.0}\n'
     )
