@@ -245,7 +245,7 @@ def test_an_unplaced_room_is_reported():
     [
         "from peftkit.errors import DataError",
         "from peftkit import __version__",
-        "from .splits import hold_out",
+        "from .splits import row_identity",
         "if TYPE_CHECKING:\n    from peftkit.recipe import Recipe",
         "import typing\nif typing.TYPE_CHECKING:\n    from peftkit.recipe import Recipe",
     ],

@@ -6,7 +6,6 @@ read.
 
 import hashlib
 import json
-import random
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,44 +89,9 @@ def remove_overlap(
     A row with two texts (a sentence pair) is a copy only if both are equal, in the same order.
     """
     train = list(train_rows)
-    seen = {_identity(row, key) for row in other_rows}
-    kept = [row for row in train if _identity(row, key) not in seen]
+    seen = {row_identity(row, key) for row in other_rows}
+    kept = [row for row in train if row_identity(row, key) not in seen]
     return kept, len(train) - len(kept)
-
-
-def hold_out(
-    rows: Iterable[Row], fraction: float, seed: int, *, key: Key | None = None
-) -> tuple[list[int], list[int]]:
-    """Indices that stay in train and indices that are held out, each ascending.
-
-    Rows of equal text always go to the same side, so the held-out part can be a little smaller
-    than `fraction` of the rows, never larger (but for the one row that any part needs).
-
-    Args:
-        rows: the rows of train, cleaned.
-        fraction: of the rows, from 0 (hold nothing out) to below 1.
-        seed: of the permutation; equal seeds give equal parts.
-        key: the text of a row; None takes all its string columns.
-
-    Raises:
-        DataError: the fraction is out of range, or would leave one side empty.
-    """
-    if not 0 <= fraction < 1:
-        raise DataError(f"holdout fraction: {fraction} is not in the range 0 <= fraction < 1")
-    groups = _groups(rows, key or _all_texts)
-    count = sum(map(len, groups))
-    wanted = max(1, round(count * fraction)) if fraction else 0
-    random.Random(seed).shuffle(groups)
-    held: list[int] = []
-    for group in groups:
-        if len(held) + len(group) <= wanted:
-            held += group
-    if wanted and (not held or len(held) == count):
-        raise DataError(
-            f"holdout fraction: {fraction} of {count} rows ({len(groups)} different texts) leaves "
-            "one side empty; use another fraction or more rows"
-        )
-    return sorted(set(range(count)) - set(held)), sorted(held)
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -142,20 +106,14 @@ def rows_digest(rows: Iterable[Row]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _identity(row: Row, key: Key) -> tuple[str, ...]:
-    texts = key(row)
+def row_identity(row: Row, key: Key | None) -> tuple[str, ...]:
+    """The normalised texts by which a row is known; without a key, of all its string columns."""
+    texts = (key or _all_texts)(row)
     return tuple(normalised(text) for text in ([texts] if isinstance(texts, str) else texts))
 
 
 def _all_texts(row: Row) -> list[str]:
     return [row[name] for name in sorted(row) if isinstance(row[name], str)]
-
-
-def _groups(rows: Iterable[Row], key: Key) -> list[list[int]]:
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(_identity(row, key), []).append(index)
-    return list(groups.values())
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from peftkit.contracts import Split
-from peftkit.data.splits import Row, hold_out, remove_overlap, rows_digest
+from peftkit.data.holdout import hold_out
+from peftkit.data.splits import Row, remove_overlap, rows_digest
 from peftkit.errors import DataError
 from peftkit.tasks.columns import TextRow
 from peftkit.tasks.encoding import tokenise

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from peftkit.data.splits import hold_out, normalised, remove_overlap, rows_digest
+from peftkit.data.splits import normalised, remove_overlap, rows_digest
 from peftkit.errors import DataError
 
 
@@ -75,70 +75,6 @@ def test_a_pair_is_a_copy_only_if_both_texts_agree_in_order():
     ]
     kept, removed = remove_overlap(train, [{"a": "X ", "b": "y"}], pair)
     assert (kept, removed) == (train[1:], 1)
-
-
-def test_hold_out_parts_are_disjoint_complete_and_of_the_asked_size():
-    train, held = hold_out(rows_of(1000), 0.1, 7)
-    assert len(held) == 100
-    assert sorted(train + held) == list(range(1000))
-    assert train == sorted(train)
-    assert held == sorted(held)
-
-
-def test_hold_out_repeats_by_seed_and_is_no_slice():
-    rows = rows_of(300)
-    assert hold_out(rows, 0.2, 1) == hold_out(rows, 0.2, 1)
-    assert hold_out(rows, 0.2, 1) != hold_out(rows, 0.2, 2)
-    assert hold_out(rows, 0.2, 1)[1] != list(range(60))
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_hold_out_never_splits_copies(seed):
-    rng = random.Random(seed)
-    rows = rows_of(60) * 3
-    rows = [{**row, "sentence": disguise(row["sentence"], rng)} for row in rows]
-    train, held = hold_out(rows, 0.25, seed, key=sentence)
-    assert len(held) == 45
-    sides = [{normalised(rows[i]["sentence"]) for i in side} for side in (train, held)]
-    assert not sides[0] & sides[1]
-
-
-def test_hold_out_takes_all_texts_of_a_row_without_a_key():
-    rows = [{"a": "x", "b": "y", "label": 0}, {"b": "Y", "a": "X ", "label": 1}] * 5
-    rows += [{"a": f"other {i}", "b": "y", "label": 0} for i in range(10)]
-    for seed in range(10):
-        _, held = hold_out(rows, 0.5, seed)
-        assert len([i for i in held if i < 10]) in (0, 10)
-
-
-def test_no_fraction_holds_nothing_out():
-    assert hold_out(rows_of(4), 0.0, 1) == ([0, 1, 2, 3], [])
-
-
-def test_a_small_fraction_still_holds_one_row_out():
-    assert len(hold_out(rows_of(10), 0.001, 1)[1]) == 1
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(DataError) as error:
-        hold_out(rows_of(4), fraction, 1)
-    expected = f"holdout fraction: {fraction} is not in the range 0 <= fraction < 1"
-    assert str(error.value) == expected
-
-
-@pytest.mark.parametrize(
-    ("rows", "texts"),
-    [(rows_of(1), 1), (rows_of(1) * 6, 1), ([], 0)],
-    ids=["one", "copies", "none"],
-)
-def test_a_part_without_rows_is_refused(rows, texts):
-    with pytest.raises(DataError) as error:
-        hold_out(rows, 0.5, 1)
-    assert str(error.value) == (
-        f"holdout fraction: 0.5 of {len(rows)} rows ({texts} different texts) leaves one side "
-        "empty; use another fraction or more rows"
-    )
 
 
 def test_the_digest_is_pinned():
