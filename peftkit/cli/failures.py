@@ -29,7 +29,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
         return _reader_went_away()
     except PeftkitError as error:
         return _tell(_lines(error), code=_allowed(error.exit_code), debug=debug)
-    except Exception as error:
+    except Exception as error:  # a bug, or a library's own class: one line all the same
         return _tell([_surprise(error, debug=debug)], code=1, debug=debug)
 
 

@@ -3,30 +3,11 @@
 import random
 
 import pytest
+from disguises import disguise, rows_of, sentence
 
 from peftkit.data.holdout import hold_out
 from peftkit.data.splits import normalised
 from peftkit.errors import DataError
-
-
-def sentence(row):
-    return row["sentence"]
-
-
-def rows_of(count):
-    return [{"sentence": f"row number {i}", "label": i % 2} for i in range(count)]
-
-
-def disguise(text, rng):
-    wide = str.maketrans({c: chr(ord(c) + 0xFEE0) for c in "aeiou"})
-    forms = [
-        str.upper,
-        str.title,
-        lambda t: f"  {t}\n",
-        lambda t: t.replace(" ", "\u00a0 \t"),
-        lambda t: t.translate(wide),
-    ]
-    return rng.choice(forms)(text)
 
 
 def test_hold_out_parts_are_disjoint_complete_and_of_the_asked_size():

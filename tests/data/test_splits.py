@@ -5,17 +5,10 @@ import random
 
 import numpy as np
 import pytest
+from disguises import disguise, rows_of, sentence
 
 from peftkit.data.splits import normalised, remove_overlap, rows_digest
 from peftkit.errors import DataError
-
-
-def sentence(row):
-    return row["sentence"]
-
-
-def rows_of(count, prefix="row"):
-    return [{"sentence": f"{prefix} number {i}", "label": i % 2} for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -37,18 +30,6 @@ def test_copies_normalise_to_one_text(text, expected):
 @pytest.mark.parametrize("text", ["J\u030c", "ΐ", "ﬀﬃ", "Straße ̈", "İI"])
 def test_normalising_twice_changes_nothing(text):
     assert normalised(normalised(text)) == normalised(text)
-
-
-def disguise(text, rng):
-    wide = str.maketrans({c: chr(ord(c) + 0xFEE0) for c in "aeiou"})
-    forms = [
-        str.upper,
-        str.title,
-        lambda t: f"  {t}\n",
-        lambda t: t.replace(" ", "\u00a0 \t"),
-        lambda t: t.translate(wide),
-    ]
-    return rng.choice(forms)(text)
 
 
 def test_every_planted_copy_is_removed_and_nothing_else():
