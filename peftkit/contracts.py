@@ -44,6 +44,8 @@ class LoadOptions:
     quantisation: Quantisation | None = None
     frozen: bool = False
     """True if most of the base is frozen: it is then *held* in the 16-bit type of the run."""
+    keeps_float32: bool = False
+    """True if what is frozen must not be rounded: it is held in float32 in any precision."""
 
 
 @dataclass(frozen=True)

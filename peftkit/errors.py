@@ -4,6 +4,7 @@ Bottom of the import order: every room may import this module, it imports nothin
 Each message is one line per problem: where, what was found, what is allowed, what to do.
 """
 
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -50,6 +51,21 @@ class RunError(PeftkitError):
 
 class NonFiniteError(RunError):
     """NaN or Inf in a loss or a gradient; names the optimizer step and the examples."""
+
+
+class Interrupted(BaseException):
+    """A run was asked to stop. Not an Exception, so that no library's handler takes it for a fault.
+
+    `status` is the record's: `interrupted` or `terminated`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, number: int, *, saved_step: int | None = None) -> None:
+        self.status = "interrupted" if number == signal.SIGINT else "terminated"
+        hint = "" if saved_step is None else f"; --resume goes on after step {saved_step}"
+        self.problems = [f"stopped by {signal.Signals(number).name}{hint}"]
+        super().__init__(self.problems[0])
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from peftkit.contracts import Method, Task, TaskData
 from peftkit.errors import RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
-from peftkit.modeling.loading import HELD_DTYPES, ModelSpec, load_model
+from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import count_parameters, set_precision
 from peftkit.recipe import Recipe
 from peftkit.registry import Registry, default_root
@@ -28,6 +28,8 @@ from peftkit.training.loop import Trainer
 from peftkit.training.signals import StopRequest
 from peftkit.training.start import start_accelerator
 from peftkit.training.state import Job
+
+PREDICTIONS = "predictions.parquet"
 
 
 def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunRecord:
@@ -56,7 +58,7 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
         # However it ended, the record comes first; the error goes on its way.
         _finish(facts, status_of(error), error)
         if is_out_of_memory(error):
-            raise RunError(_out_of_memory_line(facts.recipe)) from error
+            raise RunError(_out_of_memory_line(facts)) from error
         raise
     record = _finish(facts, "completed")
     if facts.accelerator.is_main_process:
@@ -69,9 +71,10 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
     task, method = _build(recipe)
     base = resolve_base(recipe.base)
     facts.note_base(base)
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     with facts.timed("tokenise"):
         data = facts.data = task.load(tokenizer, seed=recipe.seed)
+    stop.check()
     _say(accelerator, f"base: {recipe.base.name}, from {base.origin}", *_data_lines(data))
 
     set_seed(recipe.seed)
@@ -80,15 +83,25 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         model = load_model(base.path, spec, options)
         model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files
         prepared = method.prepare(model)
-        set_precision(prepared, HELD_DTYPES[spec.mixed_precision])
+        set_precision(prepared, held_dtype(spec, options))
     if recipe.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     facts.parameters = count_parameters(prepared)
     _say(accelerator, "training {:,} of {:,} parameters".format(*facts.parameters))
 
     groups = method.parameter_groups(prepared, recipe.training.learning_rate)
-    train, holdout, folder = data.train, data.holdout, recipe.run_folder
-    job = Job(prepared, groups, task, train, holdout, recipe.training, recipe.seed, folder)
+    folder = recipe.run_folder
+    job = Job(
+        model=prepared,
+        groups=groups,
+        task=task,
+        train=data.train,
+        holdout=data.holdout,
+        config=recipe.training,
+        seed=recipe.seed,
+        folder=folder,
+        conditions=facts.conditions(),
+    )
     trainer = Trainer(job, accelerator, meter)
     try:
         trainer.fit(stop, resume=resume)
@@ -96,8 +109,10 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         facts.training = trainer.state
 
     scored = facts.validation = trainer.evaluator.evaluate(trainer.model, task, data.validation)
+    stop.check()
     if accelerator.is_main_process:
-        write_predictions(folder / "predictions.parquet", scored.columns)
+        write_predictions(folder / PREDICTIONS, scored.columns)
+        facts.predictions = PREDICTIONS
         delta = method.delta(accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
         info = facts.delta_info(delta, spec, options)
         facts.stored = Registry(default_root()).save(recipe.name, delta, info)
@@ -135,8 +150,17 @@ def _data_lines(data: TaskData) -> list[str]:
     return lines
 
 
-def _out_of_memory_line(recipe: Recipe) -> str:
-    size = recipe.training.per_device_train_batch_size
+def _out_of_memory_line(facts: RunFacts) -> str:
+    training = facts.recipe.training
+    if facts.meter.last_phase == "eval":
+        size = training.per_device_eval_batch_size
+        return (
+            f"out of memory while scoring; halve training.per_device_eval_batch_size ({size}), "
+            "which changes no score"
+        )
+    if facts.meter.last_phase != "train_step":
+        return "out of memory before training; take a smaller base, or method.type: qlora"
+    size = training.per_device_train_batch_size
     return (
         f"out of memory; halve training.per_device_train_batch_size ({size}) and double "
         "training.gradient_accumulation_steps, which changes nothing else, or set "

@@ -27,6 +27,7 @@ from peftkit.modeling.base import BaseConfig
 from peftkit.plugins import Group
 from peftkit.recipe_problems import Wording, shown
 from peftkit.schema import Section
+from peftkit.training.best import GREATER_IS_BETTER, LOWER_IS_BETTER
 from peftkit.training.config import TrainingConfig
 from peftkit.yaml_source import Document, printable
 
@@ -60,6 +61,20 @@ class Recipe(Section):
             raise ValueError(
                 f"training.metric_for_best_model: '{name}' is no metric of the task; "
                 f"{suggestion(name, known)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _direction_of_best_metric_is_known(self) -> Self:
+        task_type = getattr(self.task, "type", None)
+        if self.training.greater_is_better is not None or task_type is None:
+            return self
+        named = plugins.load("tasks", task_type)(self.task).metric_names
+        name = self.training.metric_for_best_model or next(iter(named), "loss")
+        if name not in LOWER_IS_BETTER | GREATER_IS_BETTER:
+            raise ValueError(
+                f"training.greater_is_better: must be true or false, as the best checkpoint is "
+                f"chosen by '{name}', whose direction peftkit does not know"
             )
         return self
 

@@ -21,7 +21,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(argv: list[str]) -> int:
     """Run the recipe; 0 only if the run completed."""
     from peftkit.recipe import load_recipe
-    from peftkit.reporting.record import summary_lines
+    from peftkit.reporting.summary import summary_lines
 
     arguments = parse(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from peftkit.contracts import Delta, LoadOptions, TaskData
 from peftkit.data.sources import Located
-from peftkit.errors import NonFiniteError, PeftkitError
+from peftkit.errors import Interrupted, NonFiniteError, PeftkitError
 from peftkit.memory.meter import MemoryMeter
+from peftkit.modeling.config import described
 from peftkit.modeling.identity import base_digest, tokenizer_digest
 from peftkit.modeling.loading import ModelSpec
 from peftkit.recipe import Recipe
@@ -31,7 +33,6 @@ from peftkit.reporting.record import (
     Status,
 )
 from peftkit.training.evaluation import Evaluation
-from peftkit.training.signals import Interrupted
 from peftkit.training.state import TrainState
 
 
@@ -46,18 +47,22 @@ class RunFacts:
     seconds: dict[str, float] = field(default_factory=dict)
     base: Located | None = None
     base_digest: str | None = None
+    base_config: dict[str, Any] | None = None
     tokenizer_digest: str | None = None
     data: TaskData | None = None
     parameters: tuple[int, int] | None = None
     """Trainable and total."""
     training: TrainState = field(default_factory=TrainState)
     validation: Evaluation | None = None
+    predictions: str | None = None
+    """File of the per-example predictions, once it is written."""
     stored: StoredDelta | None = None
 
     def note_base(self, base: Located) -> None:
         """Remember the base and take its digests."""
         self.base = base
         self.base_digest = base_digest(base.path)
+        self.base_config = described(base.path)
         self.tokenizer_digest = tokenizer_digest(base.path)
 
     @contextmanager
@@ -68,6 +73,18 @@ class RunFacts:
             yield
         finally:
             self.seconds[name] = time.perf_counter() - started
+
+    def conditions(self) -> dict[str, Any]:
+        """What must be as it was for the run to be resumed, besides its recipe."""
+        assert self.data
+        parts = (self.data.train, self.data.holdout, self.data.validation)
+        return {
+            "base": self.base_digest,
+            "base config": self.base_config,
+            "tokenizer": self.tokenizer_digest,
+            **{f"{part.name} data": part.digest for part in parts if part},
+            "mixed precision": self.accelerator.mixed_precision,
+        }
 
     def delta_info(self, delta: Delta, spec: ModelSpec, options: LoadOptions) -> DeltaInfo:
         """What the stored delta says of itself; needs everything but `stored`."""
@@ -82,13 +99,19 @@ class RunFacts:
             base_name=recipe.base.name,
             base_revision=recipe.base.revision,
             base_digest=self.base_digest,
+            base_config=self.base_config,
             quantisation=options.quantisation,
             tokenizer_digest=self.tokenizer_digest,
             task=resolved["task"],
             method=resolved["method"],
             labels=self.data.label_names,
             data={s.name: s.digest for s in (self.data.train, self.data.validation)},
-            model={**asdict(spec), "config": dict(spec.config), "frozen": options.frozen},
+            model={
+                **asdict(spec),
+                "config": dict(spec.config),
+                "frozen": options.frozen,
+                "keeps_float32": options.keeps_float32,
+            },
             recipe=resolved,
             recipe_digest=recipe.digest(),
             run=RunSummary(
@@ -122,6 +145,7 @@ class RunFacts:
             examples_per_second=training.examples / timed if timed else None,
             tokens_per_second=training.tokens / timed if timed else None,
             optimizer_steps=training.step,
+            resumed_after_step=training.resumed_after,
             trainable_parameters=trainable,
             total_parameters=total,
             delta_bytes=self._delta_bytes(),
@@ -140,7 +164,7 @@ class RunFacts:
             distributed_type=self.accelerator.distributed_type.value,
             git_commit=commit,
             git_dirty=dirty,
-            predictions="predictions.parquet" if self.validation else None,
+            predictions=self.predictions,
             stand_in=bool(data and data.stand_in),
             origins=Origins(
                 base=self.base.origin if self.base else None, data=data.origin if data else None
@@ -192,7 +216,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def worded(error: BaseException) -> str:
     """The error in one line a problem: expected ones as they are, others with their type."""
-    if isinstance(error, PeftkitError):
+    if isinstance(error, PeftkitError | Interrupted):
         return str(error)
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

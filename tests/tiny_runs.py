@@ -7,8 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 from peftkit import plugins
+from peftkit.modeling.config import described
 from peftkit.modeling.identity import base_digest, tokenizer_digest
-from peftkit.modeling.loading import HELD_DTYPES, ModelSpec, load_model
+from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import set_precision, train_mode
 from peftkit.registry.store import DeltaInfo, RunSummary
 
@@ -78,7 +79,8 @@ def prepare(folder, method, *, dropout=None, mixed_precision="no"):
     """Loaded, prepared and held as the experiment does it."""
     model = load_base(folder, method, dropout=dropout, mixed_precision=mixed_precision)
     prepared = method.prepare(model)
-    set_precision(prepared, HELD_DTYPES[mixed_precision])
+    spec = ModelSpec(AUTO_CLASS, LABELS, dropout, mixed_precision)
+    set_precision(prepared, held_dtype(spec, method.load_options()))
     return prepared
 
 
@@ -106,6 +108,7 @@ def info_for(folder, method, delta, *, mixed_precision="no", dropout=None):
         kind=delta.kind,
         base_name=str(folder),
         base_digest=base_digest(folder),
+        base_config=described(folder),
         quantisation=options.quantisation,
         tokenizer_digest=tokenizer_digest(folder),
         task=TASK,
@@ -117,6 +120,7 @@ def info_for(folder, method, delta, *, mixed_precision="no", dropout=None):
             "dropout": dropout,
             "mixed_precision": mixed_precision,
             "frozen": options.frozen,
+            "keeps_float32": options.keeps_float32,
         },
         recipe={"base": {"name": str(folder)}},
         recipe_digest=f"sha256:{'0' * 64}",

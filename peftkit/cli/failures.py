@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from peftkit.errors import PeftkitError, UsageError
+from peftkit.errors import Interrupted, PeftkitError, UsageError
 
 MAX_SURPRISE_CHARACTERS = 500
 
@@ -16,8 +16,9 @@ MAX_SURPRISE_CHARACTERS = 500
 def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
     """Run `action`; its int result is the exit code, anything else counts as 0.
 
-    A `PeftkitError` prints one line per problem. Any other exception prints one line that names
-    it. `debug` adds the traceback in both cases. The result is always 0, 1 or 2.
+    A `PeftkitError`, or a signal that stopped a run, prints one line per problem. Any other
+    exception prints one line that names it. `debug` adds the traceback in both cases. The result
+    is always 0, 1 or 2.
     """
     try:
         code = _ended(action)
@@ -27,7 +28,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
         return _tell(["interrupted"], code=1, debug=debug)
     except BrokenPipeError:
         return _reader_went_away()
-    except PeftkitError as error:
+    except (PeftkitError, Interrupted) as error:
         return _tell(_lines(error), code=_allowed(error.exit_code), debug=debug)
     except Exception as error:  # a bug, or a library's own class: one line all the same
         return _tell([_surprise(error, debug=debug)], code=1, debug=debug)
@@ -46,7 +47,7 @@ def _allowed(code: object) -> int:
     return {None: 0, 0: 0, 2: 2}.get(code if isinstance(code, int | None) else 1, 1)
 
 
-def _lines(error: PeftkitError) -> list[str]:
+def _lines(error: PeftkitError | Interrupted) -> list[str]:
     """The problems; on a further rank without what rank 0 says as well."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:

@@ -48,7 +48,7 @@ def evaluate(name: Name, *, as_json: JsonFlag = False) -> None:
     its run recorded. Exits 1 if one differs.
     """
     from peftkit.registry.loading import load_delta
-    from peftkit.reporting.record import STAND_IN_LINE
+    from peftkit.reporting.summary import STAND_IN_LINE
 
     loaded = load_delta(name)
     scores, examples = rescore(loaded)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 3.0
 HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-_MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_MODEL_FILES = [
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"),
+    *("*.bpe", "*.codes", "*.spm", "*.tokenizer"),
+]
 
 
 def hub_reachable() -> bool:

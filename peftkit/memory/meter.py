@@ -1,26 +1,25 @@
 """Peak memory of each phase of a run, measured: tensors, the allocator's pool, the process.
 
 The experiment opens one `MemoryMeter` per run; training and evaluation probe a few of their steps
-with it. Imports torch and `peftkit.errors`. What the figures mean: `docs/measuring.md`.
+with it. Imports torch and `live_storages`. What the figures mean: `docs/measuring.md`.
 """
 
 import os
 import re
 import sys
 import time
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from peftkit.errors import RunError, suggestion
+from peftkit.memory.live_storages import LiveStorages
 
 PhaseName = Literal["load", "train_step", "eval"]
 
@@ -39,61 +38,6 @@ class PhaseMemory:
     """Physical memory of this process, libraries and mapped files included."""
 
 
-class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of live tensor storages; `peak_bytes` is the most since it was made.
-
-    A storage counts once however many views share it, from the first operation that reads or
-    makes it until it is freed. Unseen: a kernel's scratch memory, and what other threads do.
-    """
-
-    def __init__(self, device_type: str = "cpu") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.device_type = device_type
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self._sizes: dict[int, int] = {}
-        # Not weakref.finalize, whose registry would outlive the count.
-        self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def add_roots(self, roots: Iterable[nn.Module | Optimizer]) -> None:
-        """Count what modules and optimizers hold now: parameters, buffers, gradients, state."""
-        for root in roots:
-            self._count(list(_root_tensors(root)))
-
-    def stop(self) -> None:
-        """Watch no storage any longer; `peak_bytes` stays."""
-        self._watches.clear()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operation; count what it reads, then what it made."""
-        self._count((args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        self._count(result)
-        return result
-
-    def _count(self, values: Any) -> None:
-        for tensor in _plain_tensors(values):
-            if tensor.device.type == self.device_type:
-                self._watch(tensor.untyped_storage())
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        known = self._sizes.get(key)
-        if known == size:
-            return
-        if known is None:
-            self._watches[key] = weakref.ref(storage, lambda _: self._forget(key))
-        self._sizes[key] = size
-        self.live_bytes += size - (known or 0)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-    def _forget(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key)
-        del self._watches[key]
-
-
 class MemoryMeter:
     """Measures the phases of one run, in this process, on one device.
 
@@ -103,10 +47,12 @@ class MemoryMeter:
 
     Attributes:
         overhead_seconds: wall time spent inside probes on a CPU, the probed steps included.
+        last_phase: the phase that was entered last, also after it was left.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.overhead_seconds = 0.0
+        self.last_phase: PhaseName | None = None
         self._device = device
         self._peaks: dict[str, PhaseMemory] = {}
         self._open: str | None = None
@@ -121,7 +67,7 @@ class MemoryMeter:
             RunError: there is no such phase, or another one is open.
         """
         self._refuse_phase(name)
-        self._open, self._allocated = name, None
+        self._open, self.last_phase, self._allocated = name, name, None
         lifetime_before = None if _reset_high_water() else _high_water_bytes()
         self._reset_cuda()
         counted = name == "load" and self._device.type == "cpu"
@@ -153,6 +99,17 @@ class MemoryMeter:
     def result(self) -> dict[str, PhaseMemory]:
         """Peaks of the phases that were left, by name."""
         return dict(self._peaks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, as plain JSON values."""
+        peaks = {name: asdict(peak) for name, peak in self._peaks.items()}
+        return {"peaks": peaks, "overhead_seconds": self.overhead_seconds}
+
+    def add_earlier(self, state: Mapping[str, Any]) -> None:
+        """Take in what `state_dict` gave in an earlier process of the same run."""
+        self.overhead_seconds += state["overhead_seconds"]
+        for name, earlier in state["peaks"].items():
+            self._peaks[name] = _merged(self._peaks.get(name), PhaseMemory(**earlier))
 
     def _refuse_phase(self, name: str) -> None:
         if name not in get_args(PhaseName):
@@ -212,33 +169,9 @@ class MemoryMeter:
         )
 
 
-def _plain_tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor with a storage of its own in nested lists, tuples, dicts and wrappers."""
-    if isinstance(value, Tensor):
-        if type(value) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(value):
-            names, _ = value.__tensor_flatten__()
-            yield from _plain_tensors([getattr(value, name) for name in names])
-        elif value.layout is torch.strided:
-            yield value
-        elif value.layout is torch.sparse_coo:
-            yield from (value._indices(), value._values())
-    elif isinstance(value, dict):
-        yield from _plain_tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _plain_tensors(item)
-
-
-def _root_tensors(root: nn.Module | Optimizer) -> Iterator[Tensor]:
-    """Parameters, buffers and optimizer state, each followed by its gradient if it has one."""
-    if isinstance(root, nn.Module):
-        held: list[Any] = [*root.parameters(), *root.buffers()]
-    else:
-        held = [*root.param_groups, *root.state.values()]
-    for tensor in _plain_tensors(held):
-        yield tensor
-        if tensor.is_leaf and tensor.grad is not None:
-            yield tensor.grad
+def _merged(one: PhaseMemory | None, other: PhaseMemory) -> PhaseMemory:
+    own, others = asdict(one) if one else {}, asdict(other)
+    return PhaseMemory(**{name: _highest(own.get(name), others[name]) for name in others})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Legend: R adapter rank, I and O a layer's input and output widths.
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -68,6 +69,19 @@ class LoraConfig(Section):
             )
         return value
 
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _expression(cls, value: list[str] | str | None) -> list[str] | str | None:
+        if isinstance(value, str):
+            check_expressions([value])
+        return value
+
+    @field_validator("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _expressions(cls, value: Any) -> Any:
+        check_expressions([value] if isinstance(value, str) else value or ())
+        return value
+
     @model_validator(mode="after")
     def _convertible(self) -> Self:
         if self.changes_base and (self.use_dora or self.use_rslora):
@@ -84,6 +98,19 @@ class LoraConfig(Section):
         return isinstance(name, str) and name.startswith(("pissa", "olora"))
 
 
+def check_expressions(patterns: Iterable[str]) -> None:
+    """Refuse what PEFT could not use as a regular expression.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+
+
 class Lora:
     """Trains low-rank updates of linear layers, and the head."""
 
@@ -94,8 +121,12 @@ class Lora:
         self._initial: dict[str, Tensor] = {}
 
     def load_options(self) -> LoadOptions:
-        """Frozen, so held in the 16-bit type of the run."""
-        return LoadOptions(frozen=True)
+        """Frozen, so held in the 16-bit type of the run, unless its rounding would be learnt from.
+
+        PiSSA and OLoRA subtract from the base what the adapter starts with. In 16 bits the rest
+        would be rounded, and the stored adapter would not make up for it on the first base.
+        """
+        return LoadOptions(frozen=True, keeps_float32=self.config.changes_base)
 
     def prepare(self, model: "PreTrainedModel") -> "nn.Module":
         """Wrap the model with PEFT; adapters and head train."""
@@ -139,11 +170,11 @@ def wrap(model: "PreTrainedModel", settings: dict[str, Any]) -> "nn.Module":
 
     from peftkit.modeling.deltas import adapter_delta
     from peftkit.modeling.parameters import head_modules
+    from peftkit.modeling.patterns import check_settings
 
     heads = head_modules(model)
+    check_settings(model, settings)
     settings = {**settings, "task_type": task_type(model)}
-    if settings.get("target_modules") is not None:
-        _check_targets(model, settings["target_modules"])
     if "modules_to_save" in settings:
         # PEFT puts no adapter inside these, whatever `target_modules` matches.
         settings["modules_to_save"] = [*heads, *settings["modules_to_save"]]
@@ -157,7 +188,21 @@ def wrap(model: "PreTrainedModel", settings: dict[str, Any]) -> "nn.Module":
     except (TypeError, ValueError) as error:
         raise MethodError(f"method: PEFT refuses it: {' '.join(str(error).split())}") from error
     adapter_delta(adapted)  # what could not be saved is refused now, not after the training
+    _check_heads(adapted, heads, settings)
     return adapted  # type: ignore[no-any-return]
+
+
+def _check_heads(adapted: "nn.Module", heads: list[str], settings: dict[str, Any]) -> None:
+    """Every head must train: a few of PEFT's adapters leave it as it was drawn, and unsaved."""
+    from peftkit.modeling.parameters import trainable_parameters
+
+    trained = trainable_parameters(adapted)
+    still = [head for head in heads if not any(f".{head}." in f".{name}" for name in trained)]
+    if still:
+        raise MethodError(
+            f"method: peft_type {settings['peft_type']} does not train the head "
+            f"({', '.join(still)}), so the task could not be learnt; take another"
+        )
 
 
 def task_type(model: "PreTrainedModel") -> str | None:
@@ -172,33 +217,6 @@ def task_type(model: "PreTrainedModel") -> str | None:
     }
     name = type(model).__name__
     return next((word for suffix, word in by_suffix.items() if name.endswith(suffix)), None)
-
-
-def _check_targets(model: "PreTrainedModel", targets: list[str] | str) -> None:
-    """Every target must match: PEFT itself is content when one of them does."""
-    if targets == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules() if name]
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
-    if missing:
-        raise MethodError(
-            f"method: target_modules {', '.join(repr(t) for t in missing)} match no module; "
-            f"{type(model).__name__} has: {', '.join(_leaf_names(model))}"
-        )
-
-
-def _leaf_names(model: "PreTrainedModel") -> list[str]:
-    """Last name parts of the layers that can be adapted."""
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if getattr(module, "weight", None) is not None and module.weight.ndim == 2
-        }
-    )
 
 
 def _over_original_base(delta: Delta, initial: "dict[str, Tensor]") -> Delta:

@@ -32,6 +32,8 @@ class PeftConfig(Section):
     def _keys_of_the_named_config(self) -> Self:
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+        if self.peft_type == "LORA":
+            raise ValueError("peft_type 'LORA' has a method of its own; write type: lora")
         if self.peft_type == "ADALORA":
             raise ValueError(
                 "peft_type 'ADALORA' moves ranks between layers during training, which the "

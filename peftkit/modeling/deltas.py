@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from peftkit.contracts import Delta
 from peftkit.errors import MethodError, RegistryError
 from peftkit.modeling.parameters import is_new, trainable_parameters
+from peftkit.modeling.patterns import unmatched
 
 
 def weights_delta(model: nn.Module) -> Delta:
@@ -97,6 +98,7 @@ def _apply_adapter(model: PreTrainedModel, delta: Delta) -> nn.Module:
 
     # In inference mode a prompt is what the file says, not what an encoder makes of it.
     config = PeftConfig.from_peft_type(**{**(delta.adapter_config or {}), "inference_mode": True})
+    unmatched(model, delta.adapter_config or {})  # refuses an expression that would never end
     model.name_or_path = config.base_model_name_or_path or ""
     with warnings.catch_warnings():
         # PEFT still asks transformers for `is_gradient_checkpointing`.

@@ -26,16 +26,37 @@ _DAMAGE = (
 )
 """What reading a header raises that is not what the format says."""
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
+    "bpe.codes",
+    "byte_maps.json",
+    "chat_template.jinja",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
     "merges.txt",
-    "tokenizer.model",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "special_tokens_map.json",
     "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "target.spm",
+    "target_vocab.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "vocab.bpe",
+    "vocab.json",
+    "vocab.txt",
+    "word_shape.json",
+    "word_pronunciation.json",
 )
+"""`VOCAB_FILES_NAMES` of transformers' tokenizers, and what stands beside them."""
 
 
 def base_digest(folder: Path) -> str:

@@ -4,6 +4,7 @@ Called by the experiment before `method.prepare`, and by the registry to rebuild
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,29 +13,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from peftkit.contracts import LoadOptions, Quantisation
 from peftkit.errors import SourceError
+from peftkit.modeling.config import read_config
 from peftkit.modeling.parameters import head_modules, mark_new, pooler_modules
 
 HELD_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Mixed precision of the run → dtype in which a frozen base is held."""
 
-DROPOUT_KEYS = (
-    "activation_dropout",
-    "attention_dropout",
-    "attention_probs_dropout_prob",
-    "attn_pdrop",
-    "classifier_dropout",
-    "dropout",
-    "dropout_rate",
-    "embd_pdrop",
-    "hidden_dropout_prob",
-    "resid_pdrop",
-    "seq_classif_dropout",
-    "summary_first_dropout",
-)
+_DROPOUT_KEY = re.compile(r"(\w+_)?p?drop(out)?(_prob|_rate|_p)?")
+"""Every spelling in transformers' configs; not `…_layerdrop`, which drops whole blocks."""
+
+CONFIG_OVERRIDES = frozenset({"id2label", "label2id", "num_labels", "pad_token_id", "problem_type"})
+"""Keys of the base's config that a task may set: none of them chooses files or code."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +48,15 @@ class ModelSpec:
 def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTrainedModel:
     """Load the base on the CPU with the task's head, freshly initialised from torch's RNG.
 
+    No code of the base runs, whatever its config asks for.
+
     Raises:
-        SourceError: the base has no such architecture, or its weights do not fit its config.
+        SourceError: the base has no such architecture or needs code of its own, its weights do
+            not fit its config, or the spec sets more of the config than a task may.
     """
     config = _read_config(folder, spec)
     auto_class = getattr(transformers, spec.auto_class)
-    dtype = HELD_DTYPES[spec.mixed_precision]
+    dtype = held_dtype(spec, options)
     quantised = options.quantisation
     skip = _unquantised_modules(auto_class, config) if quantised else []
     with _QuietLoading():
@@ -72,6 +68,7 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
             device_map=_device_map() if quantised else None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     _check_report(folder, model, report)
     if quantised:
@@ -79,9 +76,21 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
     return model  # type: ignore[no-any-return]
 
 
+def held_dtype(spec: ModelSpec, options: LoadOptions) -> torch.dtype:
+    """The dtype of what is frozen."""
+    return torch.float32 if options.keeps_float32 else HELD_DTYPES[spec.mixed_precision]
+
+
 def _read_config(folder: Path, spec: ModelSpec) -> Any:
     """The base's config with the overrides applied."""
-    config = AutoConfig.from_pretrained(folder, **spec.config)
+    if strange := sorted(spec.config.keys() - CONFIG_OVERRIDES):
+        allowed = ", ".join(sorted(CONFIG_OVERRIDES))
+        raise SourceError(f"{folder}: config keys {', '.join(strange)} are not set; only {allowed}")
+    config = read_config(folder, **spec.config)
+    if not (spec.auto_class.startswith("AutoModelFor") and hasattr(transformers, spec.auto_class)):
+        raise SourceError(
+            f"{folder}: '{spec.auto_class}' is no AutoModelFor… class of transformers"
+        )
     known = getattr(transformers, spec.auto_class)._model_mapping
     if type(config) not in known:
         raise SourceError(
@@ -89,10 +98,15 @@ def _read_config(folder: Path, spec: ModelSpec) -> Any:
             "take a base with that architecture or another task"
         )
     if spec.dropout is not None:
-        for key in DROPOUT_KEYS:
-            if hasattr(config, key):
-                setattr(config, key, spec.dropout)
+        set_dropout(config, spec.dropout)
     return config
+
+
+def set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Give every dropout of a config the same probability, in place."""
+    for key, value in config.to_dict().items():
+        if _DROPOUT_KEY.fullmatch(key) and (value is None or type(value) in (int, float)):
+            setattr(config, key, probability)
 
 
 def _unquantised_modules(auto_class: Any, config: Any) -> list[str]:

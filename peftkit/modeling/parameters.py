@@ -58,16 +58,25 @@ def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of equal blocks, first to last.
 
     Raises:
-        MethodError: the model has no single list of `num_hidden_layers` blocks.
+        MethodError: the model has no single list of `num_hidden_layers` blocks, or an encoder and
+            a decoder.
     """
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    stacks = [m for m in lists if len({type(block) for block in m}) == 1]
-    if not stacks:
+    stacks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and len({type(block) for block in module}) == 1
+    }
+    outer = _outermost(stacks)
+    if len(outer) != 1 or getattr(model.config, "is_encoder_decoder", False):
+        found = f"; found {', '.join(outer)}" if outer else ""
         raise MethodError(
-            f"method: {type(model).__name__} has no list of {depth} equal blocks to count layers in"
+            f"method: {type(model).__name__} has no single list of {depth} equal blocks to count "
+            f"layers in{found}"
         )
-    return stacks[0]
+    return stacks[outer[0]]
 
 
 def pooler_modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftkit import plugins
-from peftkit.contracts import LoadOptions, Task
+from peftkit.contracts import Delta, LoadOptions, Task
 from peftkit.errors import RegistryError
 from peftkit.modeling.base import BaseConfig, resolve_base
+from peftkit.modeling.config import differences
 from peftkit.modeling.deltas import apply_delta
 from peftkit.modeling.identity import base_digest, tokenizer_digest
-from peftkit.modeling.loading import HELD_DTYPES, ModelSpec, load_model
+from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import freeze, set_precision
-from peftkit.registry.store import DeltaInfo, Registry, StoredDelta, default_root
+from peftkit.registry.store import Registry, StoredDelta, default_root
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,17 @@ def load_delta(reference: str, *, registry: Registry | None = None) -> LoadedDel
         info.model["dropout"],
         info.model["mixed_precision"],
     )
-    options = LoadOptions(quantisation=info.quantisation, frozen=info.model["frozen"])
+    options = LoadOptions(
+        quantisation=info.quantisation,
+        frozen=info.model["frozen"],
+        keeps_float32=info.model.get("keeps_float32", False),
+    )
     model = apply_delta(load_model(base.path, spec, options), delta)
-    _restore_precision(model, info, delta.tensors)
+    _restore_precision(model, held_dtype(spec, options), delta)
     task_class = plugins.load("tasks", info.task["type"])
     task = task_class(task_class.Config.model_validate(info.task))
-    return LoadedDelta(model.eval(), task, AutoTokenizer.from_pretrained(base.path), stored)
+    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+    return LoadedDelta(model.eval(), task, tokenizer, stored)
 
 
 def _refuse_other_base(stored: StoredDelta, folder: Path) -> None:
@@ -69,6 +76,12 @@ def _refuse_other_base(stored: StoredDelta, folder: Path) -> None:
         for what in expected
         if expected[what] != found[what]
     ]
+    if info.base_config is not None:
+        problems += [
+            f"{stored.name}@{stored.version}: {folder} has another config than {info.base_name} "
+            f"had: {difference}"
+            for difference in differences(folder, info.base_config)
+        ]
     if problems:
         raise RegistryError(problems)
 
@@ -81,10 +94,10 @@ def _config_overrides(stored: dict[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def _restore_precision(model: nn.Module, info: DeltaInfo, trained: dict[str, Any]) -> None:
+def _restore_precision(model: nn.Module, held: torch.dtype, delta: Delta) -> None:
     """Hold what was frozen in training as it was held then; freeze everything."""
-    if info.kind == "weights":
+    if delta.kind == "weights":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = name in trained
-    set_precision(model, HELD_DTYPES[info.model["mixed_precision"]])
+            parameter.requires_grad = name in delta.tensors
+    set_precision(model, held)
     freeze(model)

@@ -47,6 +47,8 @@ class DeltaInfo(Section):
     base_name: str
     base_revision: str | None = None
     base_digest: Digest
+    base_config: dict[str, Any] | None = None
+    """What its config says of the base, apart from transformers' defaults."""
     quantisation: Quantisation | None = None
     tokenizer_digest: Digest
     task: dict[str, Any]

@@ -9,13 +9,31 @@ from peftkit.contracts import Metrics
 from peftkit.errors import RunError, suggestion
 
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
+GREATER_IS_BETTER = frozenset(
+    {
+        "accuracy",
+        "f1",
+        "f1_macro",
+        "matthews_correlation",
+        "pearsonr",
+        "precision",
+        "recall",
+        "spearmanr",
+    }
+)
 
 
 class BestMetric:
-    """Compares evaluations by `name`; every metric but losses and errors is better when greater."""
+    """Compares evaluations by `name`.
 
-    def __init__(self, name: str) -> None:
+    Unless `greater_is_better` says it, every metric but losses and errors is better when greater;
+    a recipe has to say it of a metric that is not among those that peftkit knows.
+    """
+
+    def __init__(self, name: str, *, greater_is_better: bool | None = None) -> None:
         self.name = name
+        known = name not in LOWER_IS_BETTER
+        self._greater = known if greater_is_better is None else greater_is_better
 
     def value(self, metrics: Metrics) -> float:
         """The metric that counts.
@@ -36,4 +54,4 @@ class BestMetric:
             return False
         if best is None:
             return True
-        return value < best if self.name in LOWER_IS_BETTER else value > best
+        return value > best if self._greater else value < best

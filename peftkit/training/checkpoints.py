@@ -157,7 +157,7 @@ def _defect(folder: Path) -> str | None:
 def _read(folder: Path) -> Checkpoint:
     return Checkpoint(
         trained=load_file(folder / "trained.safetensors"),
-        optimizer=torch.load(folder / "optimizer.pt", weights_only=True),
+        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
         rng=torch.load(folder / "rng.pt", weights_only=True),
         state=json.loads((folder / "state.json").read_text()),
     )

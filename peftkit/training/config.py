@@ -53,6 +53,9 @@ class TrainingConfig(Section):
     metric_for_best_model: str | None = None
     """Metric on the held-out part of train that picks the checkpoint to keep; None is the task's
     leading metric. `loss` is allowed."""
+    greater_is_better: bool | None = None
+    """Of that metric; None is right for `loss` and the metrics that peftkit has itself, any other
+    must say it."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
     """Evaluations without improvement after which to stop; None never stops early."""
     eval_steps: int | None = Field(default=None, gt=0)

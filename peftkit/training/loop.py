@@ -10,10 +10,8 @@ unmasked tokens) on all processes, however they are shared out.
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +21,16 @@ from torch.utils.data import DataLoader
 
 from peftkit.contracts import Metrics, Split
 from peftkit.data.batching import MicroBatch, longest_step, plan_epoch, share_step
-from peftkit.errors import NonFiniteError, RunError
+from peftkit.errors import Interrupted, NonFiniteError
 from peftkit.modeling.parameters import train_mode, trainable_parameters
-from peftkit.training import rng
 from peftkit.training.best import BestMetric
-from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
+from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.evaluation import Evaluator
 from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
 from peftkit.training.progress import Progress
-from peftkit.training.signals import Interrupted, StopRequest
+from peftkit.training.signals import StopRequest
+from peftkit.training.snapshots import Snapshots
 from peftkit.training.state import Job, StepBatches, StepResult, TrainState
 
 if TYPE_CHECKING:
@@ -50,8 +48,11 @@ class Trainer:
         self.state = TrainState()
         self._metering_done = False
         self.checkpoints = CheckpointFolder(job.folder / "checkpoints")
+        bare, kept = self._bare_model(), self.checkpoints
+        self.snapshots = Snapshots(accelerator, bare, self.optimizer, meter, kept, job.conditions)
         self.evaluator = Evaluator(accelerator, job.config.per_device_eval_batch_size, meter)
-        self.best = BestMetric(job.config.metric_for_best_model or job.task.metric_names[0])
+        leading = job.config.metric_for_best_model or job.task.metric_names[0]
+        self.best = BestMetric(leading, greater_is_better=job.config.greater_is_better)
         size = job.config.per_device_train_batch_size * job.config.gradient_accumulation_steps
         self.batch_size = size * accelerator.num_processes
         self.steps_per_epoch = math.ceil(len(job.train.rows) / self.batch_size)
@@ -65,9 +66,11 @@ class Trainer:
             NonFiniteError: NaN or Inf in a loss or gradient; parameters are as before that step.
             Interrupted: a signal came; a checkpoint of the last finished step is written.
         """
-        after = self._restore() if resume else None
+        if resume:
+            self.state = self.snapshots.put_back()
         visible = self.accelerator.is_main_process
         log = self.job.folder / "log.jsonl"
+        after = self.state.resumed_after
         progress = Progress(log, total_steps=self.total_steps, resumed_after=after, visible=visible)
         try:
             with stop.deferred():
@@ -97,7 +100,7 @@ class Trainer:
             if self._due(self.config.eval_steps, ended=ended) and self.job.holdout is not None:
                 progress.report({"step": state.step, **self._evaluate(self.job.holdout)})
             if self._due(self.config.save_steps, ended=ended):
-                self._save()
+                self.snapshots.take(self.state)
             self._stop_if_asked(stop)
             if self._out_of_patience():
                 return
@@ -158,7 +161,7 @@ class Trainer:
                 loss_sum += self._backward(micro, batch, total=total, last=last)
         loss = float(self.accelerator.reduce(loss_sum, "sum")) / total
         norm = self._gradient_norm()
-        if not (math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler)):
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self._may_rescale())):
             raise self._non_finite(batches, loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -189,6 +192,11 @@ class Trainer:
         self.accelerator.unscale_gradients(self.optimizer)
         return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
 
+    def _may_rescale(self) -> bool:
+        """Whether a gradient may be infinite because of the loss scale, which then falls."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1.0
+
     def _l1_norm(self) -> Tensor:
         matrices = (p for p in trainable_parameters(self.model).values() if p.ndim >= 2)
         return torch.stack([p.abs().sum() for p in matrices]).sum()
@@ -212,49 +220,12 @@ class Trainer:
             state.stale_evaluations += 1
         return {f"holdout_{name}": value for name, value in result.metrics.items()}
 
-    def _save(self) -> None:
-        """Write a checkpoint from the main process; every process gives its RNG state."""
-        states = rng.gather(self.accelerator)
-        if self.accelerator.is_main_process:
-            model = self._bare_model()
-            facts = {**asdict(self.state), "processes": self.accelerator.num_processes}
-            optimizer = self.optimizer.state_dict()
-            self.checkpoints.save(Checkpoint(trained_copy(model), optimizer, states, facts))
-        self.accelerator.wait_for_everyone()
-
-    def _newest(self) -> Checkpoint | None:
-        """The checkpoint to go on from; what lies beyond it is removed."""
-        main = self.accelerator.is_main_process
-        with warnings.catch_warnings():
-            if not main:
-                warnings.simplefilter("ignore")
-            found = self.checkpoints.newest()
-        self.accelerator.wait_for_everyone()  # nobody is still reading
-        if main:
-            self.checkpoints.drop_after(found.state["step"] if found else 0)
-        return found
-
-    def _restore(self) -> int:
-        """Go on after the newest whole checkpoint's step, which is returned; after 0 if none is."""
-        found = self._newest()
-        if found is None:
-            return 0
-        facts = dict(found.state)
-        processes, now = facts.pop("processes"), self.accelerator.num_processes
-        if processes != now:
-            raise RunError(f"--resume: the run had {processes} processes, now there are {now}")
-        restore_trained(self._bare_model(), found.trained)
-        self.optimizer.load_state_dict(found.optimizer)
-        self.state = TrainState(**facts)
-        rng.restore(found.rng[self.accelerator.process_index])
-        return self.state.step
-
     def _stop_if_asked(self, stop: StopRequest) -> None:
         """Save and stop if any process was asked to: all leave at the same step."""
         asked = torch.tensor(stop.number or 0, device=self.accelerator.device)
         number = int(self.accelerator.gather(asked).max())
         if number:
-            self._save()
+            self.snapshots.take(self.state)
             raise Interrupted(number, saved_step=self.state.step)
 
     def _due(self, every: int | None, *, ended: bool) -> bool:

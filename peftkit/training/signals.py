@@ -8,16 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from peftkit.errors import RunError
-
-
-class Interrupted(RunError):
-    """The run was asked to stop. `status` is the record's: `interrupted` or `terminated`."""
-
-    def __init__(self, number: int, *, saved_step: int | None = None) -> None:
-        self.status = "interrupted" if number == signal.SIGINT else "terminated"
-        hint = "" if saved_step is None else f"; --resume goes on after step {saved_step}"
-        super().__init__(f"stopped by {signal.Signals(number).name}{hint}")
+from peftkit.errors import Interrupted
 
 
 class StopRequest:
@@ -50,6 +41,14 @@ class StopRequest:
             yield
         finally:
             self._deferring = False
+        self.check()
+
+    def check(self) -> None:
+        """Stop if a signal came and whoever was at work swallowed it.
+
+        Raises:
+            Interrupted: it did.
+        """
         if self.number is not None:
             raise Interrupted(self.number)
 

@@ -3,7 +3,7 @@
 Values only; `loop` works on them and `checkpoints` stores `TrainState`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Job:
     seed: int
     folder: Path
     """The run's folder: `log.jsonl` and `checkpoints/` go here."""
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    """By name, what must not have changed when the run is resumed: digests, precision."""
 
 
 @dataclass
@@ -53,6 +55,8 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     """Of each step since the last evaluation."""
     history: list[dict[str, Any]] = field(default_factory=list)
+    resumed_after: int | None = None
+    """Step after which this process took the run up; None if it started it."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_the_main_process_says_the_result(status, code, rank, said, monkeypatch,
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr("peftkit.experiment.run_experiment", run_experiment)
     monkeypatch.setattr("peftkit.recipe.load_recipe", lambda path, overrides: (path, overrides))
-    monkeypatch.setattr("peftkit.reporting.record.summary_lines", lambda record: ["the summary"])
+    monkeypatch.setattr("peftkit.reporting.summary.summary_lines", lambda record: ["the summary"])
     assert run.run(["a.yaml", "x=1"]) == code
     assert asked == {"recipe": (Path("a.yaml"), ["x=1"]), "on_exists": "refuse"}
     assert capsys.readouterr().out == said

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
 from peftkit.errors import MethodError
+from peftkit.methods.lora import LoraConfig
 
 BERT_LAYERS = (
     "classifier, dense, key, position_embeddings, query, token_type_embeddings, value, "
@@ -19,20 +20,21 @@ def lora(**keys):
 
 
 @pytest.mark.parametrize(
-    ("targets", "named"),
+    ("targets", "named", "hint"),
     [
-        (["q_proj", "v_proj"], "'q_proj', 'v_proj'"),
-        (["query", "v_proj"], "'v_proj'"),
-        (["uery"], "'uery'"),
-        (r".*\.q_proj", r"'.*\\.q_proj'"),
-        ("query", "'query'"),
+        (["q_proj", "v_proj"], "'q_proj', 'v_proj'", ""),
+        (["query", "v_proj"], "'v_proj'", ""),
+        (["uery"], "'uery'", "did you mean 'query'? "),
+        ("all_linear", "'all_linear'", "did you mean 'all-linear'? "),
+        (r".*\.q_proj", r"'.*\\.q_proj'", ""),
+        ("query", "'query'", "write [query] for all names that end in it; "),
     ],
 )
-def test_targets_that_match_nothing_are_refused(base_of, targets, named):
+def test_targets_that_match_nothing_are_refused(base_of, targets, named, hint):
     with pytest.raises(MethodError) as caught:
         tiny_runs.prepare(base_of("bert"), lora(target_modules=targets))
     assert str(caught.value) == (
-        f"method: target_modules {named} match no module; "
+        f"method: target_modules {named} match no module; {hint}"
         f"BertForSequenceClassification has: {BERT_LAYERS}"
     )
 
@@ -134,3 +136,19 @@ def test_an_adapter_that_could_not_be_saved_whole_is_refused_before_training(bas
 def test_an_unknown_key_is_refused():
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         lora(aplha=3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", "*.query"),
+        ("exclude_modules", "*.query"),
+        ("rank_pattern", {"*.query": 4}),
+        ("layers_pattern", "("),
+        ("modules_to_save", ["["]),
+    ],
+)
+def test_a_broken_expression_is_refused_in_the_recipe(key, value):
+    with pytest.raises(ValidationError) as refused:
+        LoraConfig(**{key: value})
+    assert "is no regular expression: " in str(refused.value)

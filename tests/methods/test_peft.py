@@ -70,3 +70,34 @@ def test_adalora_is_refused_because_nothing_would_move_its_ranks():
     with pytest.raises(ValidationError) as refused:
         PeftConfig(peft_type="ADALORA", r=4)
     assert "moves ranks between layers during training" in str(refused.value)
+
+
+def test_lora_has_a_method_of_its_own():
+    with pytest.raises(ValidationError) as refused:
+        PeftConfig(peft_type="LORA", init_lora_weights="pissa")
+    assert "peft_type 'LORA' has a method of its own; write type: lora" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        (
+            "bert",
+            {
+                "peft_type": "TRAINABLE_TOKENS",
+                "token_indices": [4, 5],
+                "target_modules": ["word_embeddings"],
+            },
+        ),
+        ("llama", {"peft_type": "ADAPTION_PROMPT", "adapter_len": 2, "adapter_layers": 1}),
+    ],
+)
+def test_an_adapter_that_leaves_the_head_alone_is_refused(base_of, architecture, settings):
+    method = tiny_runs.make_method({"type": "peft", **settings})
+    with pytest.raises(MethodError) as caught:
+        tiny_runs.prepare(base_of(architecture), method)
+    head = {"bert": "classifier", "llama": "score"}[architecture]
+    assert str(caught.value) == (
+        f"method: peft_type {settings['peft_type']} does not train the head ({head}), "
+        "so the task could not be learnt; take another"
+    )

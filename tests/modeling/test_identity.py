@@ -1,14 +1,18 @@
 """The digest of a base depends on its tensors and on nothing else."""
 
 import json
+import re
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
+import transformers.models
 from safetensors.torch import save_file
 
 from peftkit.errors import SourceError
+from peftkit.modeling import identity
 from peftkit.modeling.identity import base_digest, tokenizer_digest
 
 
@@ -166,5 +170,26 @@ def test_the_tokenizer_has_a_digest_of_its_own(tmp_path, base_of):
     path.write_text(path.read_text().replace('"film"', '"movie"'))
     changed = tokenizer_digest(copy)
     assert changed != expected
-    path.rename(copy / "vocab.json")
+    (copy / "tokenizer.json").rename(copy / "vocab.json")
     assert tokenizer_digest(copy) not in {changed, expected}
+
+
+@pytest.mark.parametrize(
+    "name", ["spm.model", "sentencepiece.bpe.model", "bpe.codes", "source.spm", "dict.txt"]
+)
+def test_every_file_that_a_tokenizer_reads_is_in_its_digest(tmp_path, name):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    digests = {tokenizer_digest(tmp_path)}
+    for content in ("one", "other"):
+        (tmp_path / name).write_text(content)
+        digests.add(tokenizer_digest(tmp_path))
+    assert len(digests) == 3
+
+
+def test_the_files_of_all_tokenizers_of_transformers_are_known():
+    folder = Path(transformers.models.__file__).parent
+    sources = [path.read_text(encoding="utf-8") for path in folder.rglob("tokenization_*.py")]
+    blocks = re.findall(r"^VOCAB_FILES_NAMES\s*=\s*\{([^}]*)\}", "\n".join(sources), re.MULTILINE)
+    found = {name for block in blocks for name in re.findall(r":\s*\"([^\"]+)\"", block)}
+    assert "tokenizer.json" in found
+    assert found <= set(identity._TOKENIZER_FILES)

@@ -7,10 +7,11 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from peftkit.contracts import LoadOptions, Quantisation
 from peftkit.errors import SourceError
+from peftkit.modeling import loading
 from peftkit.modeling.loading import ModelSpec, load_model
 from peftkit.modeling.parameters import head_modules, is_new
 
@@ -165,6 +166,15 @@ def test_dropout_is_set_everywhere(base_of, architecture, keys):
     model = load(base_of(architecture), dropout=0.3)
     assert {key: getattr(model.config, key) for key in keys} == dict.fromkeys(keys, 0.3)
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.3}
+
+
+@pytest.mark.parametrize("model_type", ["albert", "xlnet", "gpt_neox", "rembert", "modernbert"])
+def test_no_spelling_of_dropout_is_missed(model_type):
+    config = AutoConfig.for_model(model_type)
+    loading.set_dropout(config, 0.3)
+    spelled = {k: v for k, v in config.to_dict().items() if "dropout" in k and k != "dropatt"}
+    assert spelled
+    assert set(spelled.values()) == {0.3}
 
 
 def test_without_a_dropout_the_base_keeps_its_own(base_of):

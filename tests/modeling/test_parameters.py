@@ -4,6 +4,7 @@ import pytest
 import tiny_runs
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from peftkit.errors import MethodError
 from peftkit.modeling.parameters import (
@@ -52,8 +53,32 @@ def test_a_model_without_a_list_of_blocks_is_refused(base_of):
     with pytest.raises(MethodError) as caught:
         transformer_blocks(model)
     assert str(caught.value) == (
-        "method: BertForSequenceClassification has no list of 5 equal blocks to count layers in"
+        "method: BertForSequenceClassification has no single list of 5 equal blocks to count "
+        "layers in"
     )
+
+
+SIZES = {
+    "bart": {
+        "d_model": 16,
+        "encoder_layers": 3,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+    },
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 3, "num_heads": 2},
+    "flaubert": {"emb_dim": 16, "n_layers": 3, "n_heads": 2},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(SIZES))
+def test_a_model_of_more_than_one_stack_is_refused(model_type):
+    config = AutoConfig.for_model(model_type, vocab_size=22, **SIZES[model_type])
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(MethodError, match=r"has no single list of \d equal blocks to count layers"):
+        transformer_blocks(model)
 
 
 @pytest.mark.parametrize("architecture", sorted(HEADS))
@@ -93,7 +118,7 @@ F32, BF16 = {torch.float32}, {torch.bfloat16}
         (TOP, [F32, BF16]),
         (LORA, [F32, BF16]),
         (LORA | {"use_dora": True}, [F32, BF16]),
-        (LORA | {"init_lora_weights": "pissa"}, [F32, BF16]),
+        (LORA | {"init_lora_weights": "pissa"}, [F32, F32]),
         (QLORA, [F32, BF16]),
         (IA3, [F32, BF16]),
         (P_TUNING, [F32, BF16]),

@@ -115,8 +115,11 @@ def test_another_base_is_refused_with_both_digests(stored, base_of, in_place_of_
         tensors = load_file(path)
         tensors["encoder.layer.0.output.dense.bias"].view(torch.int32)[3] ^= 1
         save_file(tensors, path, metadata={"format": "pt"})
-    found = base_digest(stored[0])
-    assert refusal(stored) == mismatch(stored, "weights", own, found)
+    lines = [mismatch(stored, "weights", own, base_digest(stored[0]))]
+    if other == "depth":
+        line = "num_hidden_layers: then 3, now 4"
+        lines.append(f"delta@v1: {stored[0]} has another config than {stored[0]} had: {line}")
+    assert refusal(stored).splitlines() == lines
 
 
 def test_another_vocabulary_is_refused_with_all_digests(stored, in_place_of_base, base_of):
@@ -146,6 +149,44 @@ def test_another_tokenizer_is_refused_with_both_digests(stored, in_place_of_base
     path.write_text(path.read_text().replace('"film"', '"movie"'))
     found = tokenizer_digest(stored[0])
     assert refusal(stored) == mismatch(stored, "tokenizer", own, found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("hidden_act", "relu", "hidden_act: then 'gelu', now 'relu'"),
+        ("num_attention_heads", 4, "num_attention_heads: then 2, now 4"),
+        ("num_hidden_layers", 2, "num_hidden_layers: then 3, now 2"),
+    ],
+)
+def test_the_same_weights_under_another_config_are_refused(
+    stored, in_place_of_base, base_of, key, value, line
+):
+    in_place_of_base(base_of("bert"))
+    path = stored[0] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    folder = stored[0]
+    assert refusal(stored) == f"delta@v1: {folder} has another config than {folder} had: {line}"
+
+
+def test_a_delta_that_says_nothing_of_the_config_still_loads(base_of, tmp_path):
+    registry, folder = Registry(tmp_path), base_of("bert")
+    method = tiny_runs.make_method(SECTIONS["lora"])
+    delta = method.delta(tiny_runs.prepare(folder, method))
+    info = tiny_runs.info_for(folder, method, delta).model_copy(update={"base_config": None})
+    registry.save("delta", delta, info)
+    assert load_delta("delta", registry=registry).stored.info.base_config is None
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_moved_base_comes_back_exactly_though_the_run_was_in_bf16(base_of, tmp_path, init):
+    folder, registry = base_of("bert"), Registry(tmp_path)
+    section = {"type": "lora", "r": 2, "init_lora_weights": init}
+    model = trained_and_stored(folder, registry, section, "bf16")
+    loaded = load_delta("delta", registry=registry)
+    batch = tiny_runs.make_batch(folder, seed=99)
+    expected, found = (tiny_runs.logits_of(m, batch) for m in (model, loaded.model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_quantised_base_comes_back_quantised(base_of, tmp_path):

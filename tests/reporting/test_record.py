@@ -18,7 +18,8 @@ from peftkit.reporting.environment import (
     git_state,
     library_versions,
 )
-from peftkit.reporting.record import RunRecord, read_record, summary_lines, write_record
+from peftkit.reporting.record import RunRecord, read_record, write_record
+from peftkit.reporting.summary import summary_lines
 
 DIGEST = "sha256:" + "a" * 64
 STARTED = datetime(2026, 11, 23, 16, 0, tzinfo=UTC)
