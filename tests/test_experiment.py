@@ -9,20 +9,23 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from peftkit.errors import NonFiniteError, RunError
+from peftkit import experiment, plugins
+from peftkit.data import hub
+from peftkit.errors import Interrupted, NonFiniteError, RunError
 from peftkit.experiment import run_experiment
 from peftkit.recipe import from_resolved
 from peftkit.reporting.record import read_record
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.evaluation import Evaluator
 from peftkit.training.loop import Trainer
-from peftkit.training.signals import Interrupted
 
 RUN = Path(__file__).parents[1] / "peftkit" / "run.py"
 FOLDER = Path("runs/tiny-seed0")
@@ -89,6 +92,86 @@ def test_completed_run_leaves_everything_and_says_nothing_on_stdout(recipe, capf
     assert delta_bytes()
 
 
+def test_the_record_says_what_the_run_was(recipe):
+    made = recipe()
+    record = run_experiment(made)
+    task = plugins.load("tasks", "classification")(made.task)
+    data = task.load(AutoTokenizer.from_pretrained(made.base.name), seed=0)
+    digests = record.digests
+    assert (digests.data_train, digests.data_validation) == (
+        data.train.digest,
+        data.validation.digest,
+    )
+    tokens_each = record.tokens_per_second / record.examples_per_second
+    assert 2 < min(data.train.lengths) < tokens_each < max(data.train.lengths)
+    counted = {name: peaks.allocated_bytes > 0 for name, peaks in record.memory.items()}
+    assert counted == dict.fromkeys(("load", "train_step", "eval"), True)
+    files = Path(os.environ["PEFTKIT_REGISTRY"], "tiny", "v1").glob("*.safetensors")
+    assert record.delta_bytes == sum(file.stat().st_size for file in files)
+    predicted = pq.read_table(FOLDER / record.predictions).to_pylist()
+    assert [row["label"] for row in predicted] == [row["label"] for row in data.validation.rows]
+    assert record.resumed_after_step is None
+
+
+def watch(monkeypatch, look):
+    """What `look` finds in the model before each step."""
+    seen, real = [], Trainer._step
+
+    def watched(self, batches):
+        seen.append(look(self.job.model))
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    return seen
+
+
+TOP = {"type": "top_layers", "num_layers": 1}
+
+
+def test_frozen_blocks_stay_without_dropout_in_every_step(recipe, monkeypatch):
+    def modes(model):
+        parts = (model, model.bert.embeddings, model.bert.encoder.layer[0])
+        return tuple(part.training for part in parts)
+
+    seen = watch(monkeypatch, modes)
+    run_experiment(recipe(TOP, eval_steps=1, max_steps=3))
+    assert seen == [(True, False, False)] * 3
+
+
+def test_a_bf16_run_holds_what_is_frozen_in_bf16_and_trains_in_float32(recipe, monkeypatch):
+    def held(model):
+        return {(p.requires_grad, p.dtype) for p in model.parameters() if p.ndim > 1}
+
+    seen = watch(monkeypatch, held)
+    run_experiment(recipe(TOP, mixed_precision="bf16", max_steps=1))
+    assert seen == [{(True, torch.float32), (False, torch.bfloat16)}]
+
+
+def test_dropout_of_the_recipe_reaches_the_model(recipe, monkeypatch):
+    def probabilities(model):
+        return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+    seen = watch(monkeypatch, probabilities)
+    run_experiment(recipe(dropout=0.3, max_steps=1))
+    assert seen == [{0.3}]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_recomputed_when_asked(recipe, monkeypatch, recompute):
+    calls, real = [], Trainer._step
+
+    def counted(self, batches):
+        attention = self.job.model.bert.encoder.layer[0].attention
+        hook = attention.register_forward_hook(lambda *_: calls.append(1))
+        result = real(self, batches)
+        hook.remove()
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    run_experiment(recipe(gradient_checkpointing=recompute, max_steps=1))
+    assert len(calls) == 1 + recompute
+
+
 def test_holdout_selects_and_validation_is_scored_once_at_the_end(recipe, monkeypatch):
     calls, real = [], Evaluator.evaluate
 
@@ -153,6 +236,39 @@ def test_out_of_memory_leaves_a_record_and_an_advice(recipe, monkeypatch, how):
 
 
 @pytest.mark.parametrize(
+    ("where", "advice"),
+    [
+        (
+            (Evaluator, "_batch"),
+            "out of memory while scoring; halve training.per_device_eval_batch_size (64), "
+            "which changes no score",
+        ),
+        (
+            (experiment, "load_model"),
+            "out of memory before training; take a smaller base, or method.type: qlora",
+        ),
+    ],
+)
+def test_the_advice_is_for_where_memory_ran_out(recipe, monkeypatch, where, advice):
+    monkeypatch.setattr(*where, no_memory_on_cpu)
+    with pytest.raises(RunError) as raised:
+        run_experiment(recipe(max_steps=1))
+    assert str(raised.value) == advice
+
+
+def test_predictions_that_could_not_be_written_are_not_named(recipe, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiment, "write_predictions", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_experiment(recipe(max_steps=1))
+    record = read_record(FOLDER / "record.json")
+    assert (record.status, record.predictions) == ("failed", None)
+    assert "validation" in record.metrics
+
+
+@pytest.mark.parametrize(
     ("error", "status", "text"),
     [
         (KeyError("surprise"), "failed", "KeyError: 'surprise'"),
@@ -211,6 +327,43 @@ def test_a_complete_run_is_not_resumed(recipe):
         f"{FOLDER}: the run is complete, nothing is left to resume; add --overwrite"
     )
     assert (FOLDER / "record.json").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_on_another_base_or_other_data(recipe, tiny_recipe, monkeypatch):
+    mend = die_in_step(monkeypatch, 15)
+    with pytest.raises(Crash):
+        run_experiment(recipe())
+    mend()
+    base, data = Path(tiny_recipe["base"]["name"]), Path(tiny_recipe["task"]["dataset"])
+    tensors = load_file(base / "model.safetensors")
+    before = {"weights": (base / "model.safetensors").read_bytes()}
+    before["rows"] = (data / "train.jsonl").read_bytes()
+    next(iter(tensors.values()))[0] += 1
+    try:
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        (data / "train.jsonl").write_bytes(before["rows"].replace(b"awful", b"great"))
+        with pytest.raises(RunError) as raised:
+            run_experiment(recipe(), on_exists="resume")
+    finally:
+        (base / "model.safetensors").write_bytes(before["weights"])
+        (data / "train.jsonl").write_bytes(before["rows"])
+    starts = ("base sha256:", "holdout data sha256:", "train data sha256:")
+    expected = [f"--resume: the run was started with {start}" for start in starts]
+    assert [p[: len(e)] for p, e in zip(raised.value.problems, expected, strict=True)] == expected
+    assert run_experiment(recipe(), on_exists="resume").resumed_after_step == 11
+
+
+def test_a_signal_while_the_hub_is_asked_ends_the_run(recipe, tiny_recipe, monkeypatch):
+    import huggingface_hub
+
+    tiny_recipe["task"] |= {"dataset": "org/real", "offline": "sample:reviews"}
+    asked = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", asked)
+    monkeypatch.setattr(hub, "_hub_obstacle", lambda: None)
+    with pytest.raises(Interrupted, match=r"^stopped by SIGINT$"):
+        run_experiment(recipe(max_steps=1))
+    record = read_record(FOLDER / "record.json")
+    assert (record.status, record.stand_in, record.origins.data) == ("interrupted", False, None)
 
 
 def test_checkpoints_outlive_a_failure_to_store(recipe, monkeypatch):
@@ -285,6 +438,14 @@ def start(recipe_path, *arguments, rank=0, processes=1, port=0):
     )
 
 
+def start_both(recipe_path, *arguments):
+    """Two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(recipe_path, *arguments, rank=r, processes=2, port=port) for r in range(2)]
+
+
 @pytest.fixture
 def recipe_file(recipe, workplace):
     def recipe_file(**changes):
@@ -300,12 +461,10 @@ def test_two_processes_compute_what_one_does(recipe, recipe_file):
     settings = {"dropout": 0.0, "max_steps": 13, "per_device_train_batch_size": 8}
     run_experiment(recipe(optimizer="sgd", max_grad_norm=0.5, l1=1e-4, **settings))
     one = [json.loads(line) for line in (FOLDER / "log.jsonl").read_text().splitlines()]
-    settings["per_device_train_batch_size"] = 4
+    # Rounds of several micro-batches, in which a process may be left without a share.
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     path = recipe_file(optimizer="sgd", max_grad_norm=0.5, l1=1e-4, name="two", **settings)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [start(path, rank=rank, processes=2, port=port) for rank in range(2)]
+    ranks = start_both(path)
     ended = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], ended
     assert ended[1] == ("", "")
@@ -363,3 +522,27 @@ def test_signalled_run_resumes_to_the_same_delta(recipe, recipe_file, number, st
     assert delta_bytes("tiny") == delta_bytes("whole")
     whole = Path("runs/whole-seed0/log.jsonl").read_text()
     assert (FOLDER / "log.jsonl").read_text() == whole
+
+
+@pytest.mark.slow
+def test_two_resumed_processes_equal_the_uninterrupted_two(recipe_file):
+    settings = {"dropout": 0.3, "save_steps": 5, "per_device_train_batch_size": 4}
+    settings["num_train_epochs"] = 8.0
+
+    def finish(ranks):
+        ended = [process.communicate(timeout=300) for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], ended
+
+    finish(start_both(recipe_file(name="whole", **settings)))
+    path = recipe_file(**settings)
+    ranks = start_both(path)
+    wait_for_step(ranks[0], 7)
+    for process in ranks:
+        process.kill()
+    for process in ranks:
+        process.communicate()
+    finish(start_both(path, "--resume"))
+    assert delta_bytes("tiny") == delta_bytes("whole")
+    whole = Path("runs/whole-seed0/log.jsonl").read_text()
+    assert (FOLDER / "log.jsonl").read_text() == whole
+    assert read_record(FOLDER / "record.json").resumed_after_step >= 5

@@ -98,7 +98,15 @@ def make_trainer(tmp_path):
     """A trainer on 50 ragged examples: 7 steps an epoch of 8, the last one of 2."""
 
     def make(
-        folder: Path | None = None, *, task=None, model=None, examples=50, holdout=12, **training
+        folder: Path | None = None,
+        *,
+        task=None,
+        model=None,
+        examples=50,
+        holdout=12,
+        conditions=None,
+        scaler=None,
+        **training,
     ) -> Trainer:
         folder = folder or tmp_path
         folder.mkdir(exist_ok=True)
@@ -107,6 +115,7 @@ def make_trainer(tmp_path):
         torch.manual_seed(0)
         model = model or ToyModel(config.dropout or 0.0)
         accelerator = start_accelerator(config)
+        accelerator.scaler = scaler or accelerator.scaler
         torch.manual_seed(1)
         job = Job(
             model=model,
@@ -117,6 +126,7 @@ def make_trainer(tmp_path):
             config=config,
             seed=0,
             folder=folder,
+            conditions=conditions or {},
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")

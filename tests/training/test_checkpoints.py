@@ -112,6 +112,14 @@ def test_two_are_kept_and_the_best_that_they_need(tmp_path):
     assert names(tmp_path) == ["best-00000003", "step-00000003", "step-00000004"]
 
 
+def test_the_older_kept_checkpoint_keeps_its_own_best(tmp_path):
+    folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
+    for step in (1, 2):
+        folder.save_best(step, model)
+        folder.save(checkpoint(step, step))
+    assert names(tmp_path) == ["best-00000001", "best-00000002", "step-00000001", "step-00000002"]
+
+
 def test_the_best_comes_back_into_the_model(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
     kept = model.weight.detach().clone()

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from peftkit.data.batching import plan_epoch
-from peftkit.errors import NonFiniteError, RunError
+from peftkit.errors import Interrupted, NonFiniteError, RunError
 from peftkit.training.non_finite import worded
-from peftkit.training.signals import Interrupted, StopRequest
+from peftkit.training.signals import StopRequest
 
 
 class Crash(BaseException):
@@ -61,6 +61,7 @@ def test_batch_size_and_accumulation_share_the_work_and_change_nothing(
         folder = tmp_path / f"{size}x{accumulation}"
         trainer = make_trainer(
             folder,
+            examples=53,  # the last step's 5 make micro-batches of different sizes
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
             l1=1e-3,
@@ -246,6 +247,31 @@ def test_early_stopping_counts_evaluations_without_improvement(make_trainer, toy
     assert (state.step, state.best_step, task.evaluations) == (8, 4, 4)
 
 
+def test_patience_goes_on_counting_after_a_resume(make_trainer, toy, monkeypatch):
+    settings = {"eval_steps": 2, "save_steps": 2, "early_stopping_patience": 2}
+    settings["num_train_epochs"] = 3.0
+    cut = make_trainer(task=toy.Task(script=[0.5, 0.7, 0.7]), **settings)
+    crash_at(cut, monkeypatch, 8)
+    with pytest.raises(Crash):
+        cut.fit(StopRequest())
+    again = make_trainer(task=toy.Task(script=[0.6, 0.9, 0.1, 0.1, 0.1]), **settings)
+    state = again.fit(StopRequest(), resume=True)
+    assert (state.step, state.best_step) == (8, 4)
+
+
+def test_the_metric_of_the_recipe_picks_the_best(make_trainer, toy):
+    task = toy.Task(script=[0.9] + [0.1] * 6)
+    state = make_trainer(task=task, eval_steps=2, metric_for_best_model="loss").fit(StopRequest())
+    lowest = min(state.history, key=lambda row: row["holdout"]["loss"])["step"]
+    assert state.best_step == lowest != 2
+
+
+def test_the_recipe_may_say_that_less_is_better(make_trainer, toy):
+    task = toy.Task(script=[0.5, 0.3, 0.4, 0.2, 0.6, 0.7, 0.8])
+    state = make_trainer(task=task, eval_steps=2, greater_is_better=False).fit(StopRequest())
+    assert state.best_step == 8
+
+
 def test_a_signal_stops_after_the_step_with_a_checkpoint(make_trainer, monkeypatch):
     trainer, stop = make_trainer(), StopRequest()
     signal_after(trainer, monkeypatch, stop, 3)
@@ -345,7 +371,7 @@ def test_resumed_after_a_signal_equals_the_uninterrupted_run(
 ):
     whole = make_trainer(tmp_path / "whole", dropout=0.2)
     whole.fit(StopRequest())
-    for step in (2, 5, 9):  # three times, and the second time in another epoch
+    for step in (1, 5, 8):  # three times, and an epoch's first step is among them
         stop = StopRequest()
         cut = make_trainer(tmp_path / "cut", dropout=0.2)
         signal_after(cut, monkeypatch, stop, step)
@@ -386,8 +412,70 @@ def test_resume_with_another_number_of_processes_is_refused(make_trainer, monkey
     trainer = make_trainer(num_train_epochs=1.0)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     with pytest.raises(RunError) as raised:
-        trainer._restore()
-    assert str(raised.value) == "--resume: the run had 1 processes, now there are 2"
+        trainer.fit(StopRequest(), resume=True)
+    assert str(raised.value) == (
+        "--resume: the run was started with processes 1, now it is 2; --overwrite starts it anew"
+    )
+
+
+def test_resume_under_other_conditions_is_refused_with_each_of_them(make_trainer):
+    make_trainer(conditions={"base": "one", "precision": "bf16", "data": "x"}).fit(StopRequest())
+    trainer = make_trainer(conditions={"base": "two", "precision": "no", "data": "x"})
+    with pytest.raises(RunError) as raised:
+        trainer.fit(StopRequest(), resume=True)
+    assert raised.value.problems == [
+        "--resume: the run was started with base one, now it is two; --overwrite starts it anew",
+        "--resume: the run was started with precision bf16, now it is no; "
+        "--overwrite starts it anew",
+    ]
+
+
+def test_a_resumed_run_keeps_what_it_measured_before(make_trainer, monkeypatch):
+    settings = {"save_steps": 2, "eval_steps": 2}
+    cut = make_trainer(**settings)
+    crash_at(cut, monkeypatch, 12)
+    with pytest.raises(Crash):
+        cut.fit(StopRequest())
+    peak = cut.meter.result()["train_step"].allocated_bytes
+    resumed = make_trainer(**settings)
+    monkeypatch.setattr(resumed, "_metered", lambda *_: set())
+    state = resumed.fit(StopRequest(), resume=True)
+    assert resumed.meter.result()["train_step"].allocated_bytes == peak > 0
+    assert resumed.meter.overhead_seconds > cut.meter.overhead_seconds * 0.9
+    assert state.resumed_after == 10
+
+
+def scaler(scale):
+    """What scales the loss in fp16 on a GPU; torch's works on a CPU too."""
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+
+
+def test_resume_takes_up_the_loss_scale(make_trainer, tmp_path, monkeypatch, parameters_of):
+    settings = {"save_steps": 4, "num_train_epochs": 5.0}
+    whole = make_trainer(tmp_path / "whole", scaler=scaler(2.0**120), **settings)
+    whole.fit(StopRequest())
+    cut = make_trainer(tmp_path / "cut", scaler=scaler(2.0**120), **settings)
+    crash_at(cut, monkeypatch, 10)
+    with pytest.raises(Crash):
+        cut.fit(StopRequest())
+    resumed = make_trainer(tmp_path / "cut", scaler=scaler(2.0**120), **settings)
+    resumed.fit(StopRequest(), resume=True)
+    assert (tmp_path / "cut/log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
+    expected, found = parameters_of(whole), parameters_of(resumed)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_a_gradient_that_no_loss_scale_cures_stops_the_run(make_trainer, toy):
+    class Sick(toy.Model):
+        def forward(self, input_ids, attention_mask):
+            outputs = super().forward(input_ids, attention_mask)
+            nothing = self.head.weight.sum() * 0.0
+            outputs.logits = outputs.logits + torch.sqrt(nothing * nothing)  # 0, its gradient NaN
+            return outputs
+
+    trainer = make_trainer(model=Sick(), scaler=scaler(2.0**6), num_train_epochs=5.0)
+    with pytest.raises(NonFiniteError, match=r"^step 7: loss .*, gradient norm nan; train rows"):
+        trainer.fit(StopRequest())
 
 
 def test_launch_of_processes_that_do_not_know_of_each_other_is_refused(make_trainer, monkeypatch):

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from peftkit.training.signals import Interrupted, StopRequest
+from peftkit.errors import Interrupted
+from peftkit.training.signals import StopRequest
 
 BOTH = pytest.mark.parametrize(
     ("number", "status", "message"),
@@ -90,3 +91,29 @@ def test_handlers_are_given_back():
     with pytest.raises(ZeroDivisionError):
         listen(body)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_library_that_catches_every_error_does_not_swallow_a_signal():
+    def body(_):
+        try:
+            send(signal.SIGINT)
+        except Exception:  # as the Hub's client and many others do
+            pytest.fail("taken for a fault of the library")
+
+    with pytest.raises(Interrupted, match=r"^stopped by SIGINT$"):
+        listen(body)
+
+
+def test_a_swallowed_signal_is_found_by_looking():
+    def body(stop):
+        try:
+            send(signal.SIGTERM)
+        except BaseException:
+            stop.check()
+
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
+        listen(body)
+
+
+def test_looking_without_a_signal_finds_none():
+    listen(lambda stop: stop.check())
