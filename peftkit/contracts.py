@@ -136,7 +136,11 @@ class Task(Protocol):
 
     @property
     def metric_names(self) -> list[str]:
-        """Names of the metrics, the leading one first."""
+        """Names of the metrics, the leading one first.
+
+        Greater is better, but for the names in `training.best.LOWER_IS_BETTER` and where the
+        recipe says otherwise.
+        """
 
     def load(self, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> TaskData:
         """Read, clean, split and tokenise; `seed` draws the held-out part.

@@ -11,13 +11,13 @@ from transformers import AutoTokenizer
 
 from peftkit import plugins
 from peftkit.contracts import Method, Task, TaskData
-from peftkit.errors import RunError
+from peftkit.errors import RegistryError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import count_parameters, set_precision
 from peftkit.recipe import Recipe
-from peftkit.registry import Registry, default_root
+from peftkit.registry import Registry, default_root, root_problem
 from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
@@ -45,6 +45,8 @@ def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunReco
     """
     accelerator = start_accelerator(recipe.training)
     check_name(recipe.name)
+    if problem := root_problem(default_root()):
+        raise RunError(f"registry {default_root()}: {problem}; name another in PEFTKIT_REGISTRY")
     with claimed(recipe.run_folder, recipe, accelerator, on_exists=on_exists):
         return _recorded(RunFacts(recipe, accelerator, MemoryMeter(accelerator.device)), on_exists)
 
@@ -115,7 +117,11 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         facts.predictions = PREDICTIONS
         delta = method.delta(accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
         info = facts.delta_info(delta, spec, options)
-        facts.stored = Registry(default_root()).save(recipe.name, delta, info)
+        try:
+            facts.stored = Registry(default_root()).save(recipe.name, delta, info)
+        except RegistryError as error:
+            kept = "the run's checkpoint is kept: once that is mended, --resume stores the delta"
+            raise RegistryError([*error.problems, kept]) from error
     accelerator.wait_for_everyone()
 
 

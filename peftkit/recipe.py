@@ -18,6 +18,7 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
@@ -26,6 +27,7 @@ from peftkit.errors import RecipeError, UsageError, suggestion
 from peftkit.modeling.base import BaseConfig
 from peftkit.plugins import Group
 from peftkit.recipe_problems import Wording, shown
+from peftkit.registry.names import name_problem
 from peftkit.schema import Section
 from peftkit.training.best import GREATER_IS_BETTER, LOWER_IS_BETTER
 from peftkit.training.config import TrainingConfig
@@ -39,7 +41,7 @@ _GROUPS: dict[str, Group] = {"task": "tasks", "method": "methods"}
 class Recipe(Section):
     """One experiment. `task` and `method` are sections of the class that their `type` names."""
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: str = Field(json_schema_extra={"pattern": NAME_PATTERN})
     """Name of the run's folder and of the delta in the registry; the default is the file's."""
     base: BaseConfig
     task: SerializeAsAny[Section]
@@ -49,6 +51,28 @@ class Recipe(Section):
     """Draws the held-out part, the head's initial weights, the batches and the dropout."""
     output_dir: str = "runs"
     """The run's folder is `<output_dir>/<name>-seed<seed>`."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_delta(cls, value: str) -> str:
+        if problem := name_problem(value):
+            raise ValueError(f"{shown(value)}: {problem}")
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_is_chosen_without_held_out_rows(self) -> Self:
+        keys = ("early_stopping_patience", "metric_for_best_model", "eval_steps")
+        asked = [key for key in keys if getattr(self.training, key) is not None]
+        if asked and not self._holds_out:
+            raise ValueError(
+                f"training.{asked[0]}: needs held-out rows; set task.holdout_fraction above 0"
+            )
+        return self
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether a part of train is held out; a task that cannot say so may do it."""
+        return getattr(self.task, "holdout_fraction", None) != 0
 
     @model_validator(mode="after")
     def _best_metric_is_measured(self) -> Self:
@@ -67,7 +91,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _direction_of_best_metric_is_known(self) -> Self:
         task_type = getattr(self.task, "type", None)
-        if self.training.greater_is_better is not None or task_type is None:
+        known = self.training.greater_is_better is not None
+        # A plugin's task names its metrics itself, and greater is better by the contract.
+        if known or task_type not in plugins.BUILTIN["tasks"] or not self._holds_out:
             return self
         named = plugins.load("tasks", task_type)(self.task).metric_names
         name = self.training.metric_for_best_model or next(iter(named), "loss")
@@ -105,9 +131,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     document = yaml_source.parse(_read(path), str(path))
     if not isinstance(document.value, dict):
         raise RecipeError(f"{path}: must be a mapping with the keys base, task, method, training")
-    origins = _apply(document.value, overrides)
-    document.value.setdefault("name", re.sub(r"[^a-z0-9._-]", "_", path.stem.lower()))
-    return _validate(document, origins, path)
+    origins, problems = _apply(document.value, overrides)
+    if "name" not in document.value:
+        document.value["name"] = re.sub(r"[^a-z0-9._-]", "_", path.stem.lower())
+        origins["name",] = f"{path}: from the file's name, as the recipe has none"
+    return _validate(document, origins, path, problems)
 
 
 def _read(path: Path) -> str:
@@ -156,10 +184,12 @@ def _model(task: Any, method: Any) -> type[Recipe]:
     return create_model("Recipe", __base__=Recipe, task=(task, ...), method=(method, ...))
 
 
-def _apply(content: dict[str, Any], overrides: Sequence[str]) -> dict[tuple[str, ...], str]:
-    """Set overridden values in place; returns which override set which key."""
+def _apply(
+    content: dict[str, Any], overrides: Sequence[str]
+) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Set overridden values in place; returns which override set which key, and the unusable."""
     origins: dict[tuple[str, ...], str] = {}
-    problems = []
+    problems: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = tuple(key.split("."))
@@ -180,13 +210,16 @@ def _apply(content: dict[str, Any], overrides: Sequence[str]) -> dict[tuple[str,
             continue
         section[parts[-1]] = value
         origins[parts] = where
-    if problems:
-        raise RecipeError(problems)
-    return origins
+    return origins, problems
 
 
-def _validate(document: Document, origins: dict[tuple[str, ...], str], path: Path) -> Recipe:
-    """Validate every section, wording all problems at once."""
+def _validate(
+    document: Document,
+    origins: dict[tuple[str, ...], str],
+    path: Path,
+    unusable: Sequence[str] = (),
+) -> Recipe:
+    """Validate every section, wording all problems at once, after the `unusable` overrides."""
     types: dict[str, Any] = {}
     problems: list[tuple[int, str]] = []
     wording = Wording(document, origins, path)
@@ -199,8 +232,8 @@ def _validate(document: Document, origins: dict[tuple[str, ...], str], path: Pat
         recipe = _model(types["task"], types["method"]).model_validate(document.value)
     except ValidationError as error:
         problems += wording.all_of(error, _sections(types))
-    if problems:
-        raise RecipeError([text for _, text in sorted(problems)])
+    if problems or unusable:
+        raise RecipeError([*unusable, *(text for _, text in sorted(problems))])
     return recipe
 
 

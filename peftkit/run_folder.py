@@ -4,17 +4,19 @@ Called by the experiment.
 """
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from peftkit.errors import RunError
+from peftkit import yaml_source
+from peftkit.errors import RecipeError, RunError
 from peftkit.recipe import Recipe, resolved_yaml
 from peftkit.reporting.record import read_record
 from peftkit.staging import write_file
@@ -73,15 +75,35 @@ def _resumable(folder: Path, recipe: str) -> str | None:
         return f"{folder}: has no recipe.yaml, so there is no run to resume; add --overwrite"
     if _is_complete(folder / "record.json"):
         return f"{folder}: the run is complete, nothing is left to resume; add --overwrite"
-    before, now = stored.read_text(errors="replace").splitlines(), recipe.splitlines()
-    if before == now:
+    try:
+        then, now = (_keys(text) for text in (stored.read_text(errors="replace"), recipe))
+    except RecipeError:
+        return f"{stored}: is damaged, so the run cannot be resumed; add --overwrite"
+    changes = [
+        f"{key}: then {then.get(key, 'absent')}, now {now.get(key, 'absent')}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    if not changes:
         return None
-    changed = [line.strip() for line in now if line not in before]
-    gone = [line.strip() for line in before if line not in now]
     return (
-        f"{folder}: --resume needs the recipe that the run was started with; "
-        f"then: {'; '.join(gone) or 'nothing more'}; now: {'; '.join(changed) or 'nothing more'}"
+        f"{folder}: --resume needs the recipe that the run was started with; {'; '.join(changes)}"
     )
+
+
+def _keys(recipe: str) -> dict[str, str]:
+    """Dotted key → value as JSON, of a resolved recipe."""
+    found: dict[str, str] = {}
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(inner, (*path, str(key)))
+        else:
+            found[".".join(path)] = json.dumps(value)
+
+    walk(yaml_source.parse(recipe, "recipe.yaml").value, ())
+    return found
 
 
 def _is_complete(record: Path) -> bool:

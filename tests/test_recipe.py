@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,11 +77,64 @@ def test_a_recipe_is_read_with_its_defaults(folder):
 )
 def test_the_name_is_that_of_the_file_unless_written(folder, file, name):
     if name.startswith("_"):
-        with pytest.raises(RecipeError, match="name: must match pattern"):
+        with pytest.raises(RecipeError) as raised:
             load(name=file)
+        assert str(raised.value) == (
+            f"recipes/{file}.yaml: from the file's name, as the recipe has none: name: "
+            '"_n_x" (text): '
+            "expected 1 to 63 characters of a-z, 0-9, '.', '_' and '-', the first a letter or a "
+            "digit, such as 'reviews-lora'"
+        )
     else:
         assert load(name=file).name == name
     assert load(f"name: other\n{TEXT}", name=file).name == "other"
+
+
+@pytest.mark.parametrize("name", ["v1", "latest", "con", "index.json", "a."])
+def test_a_name_that_the_registry_would_refuse_is_refused_before_the_run(folder, name):
+    (problem,) = problems(f"name: {name}\n{TEXT}")
+    assert re.match(rf'recipes/x\.yaml:\d+: name: "{re.escape(name)}" \(text\): ', problem)
+
+
+def test_unusable_overrides_do_not_hide_the_other_problems(folder):
+    overrides = ["foo", "base.name.x=1", "training.learning_rate=abc", "training.lerning_rate=1"]
+    starts = [problem.partition(": ")[0] for problem in problems(overrides=overrides)]
+    assert starts == [f"override '{override}'" for override in overrides]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("early_stopping_patience", 1), ("metric_for_best_model", "loss"), ("eval_steps", 5)],
+)
+def test_what_needs_held_out_rows_is_refused_without_them(folder, key, value):
+    override = f"training.{key}={value}"
+    assert problems(overrides=["task.holdout_fraction=0", override]) == [
+        f"override '{override}': training.{key}: needs held-out rows; "
+        "set task.holdout_fraction above 0"
+    ]
+
+
+def test_the_direction_of_an_unknown_metric_has_to_be_said(folder):
+    text = changed("metrics: [accuracy]", "metrics: [wer]")
+    (problem,) = problems(text)
+    assert problem.endswith(
+        "training.greater_is_better: must be true or false, as the best checkpoint is chosen by "
+        "'wer', whose direction peftkit does not know"
+    )
+    load(text, ["training.greater_is_better=false"])
+    load(text, ["task.holdout_fraction=0"])
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("base.name=' '", "base.name: empty; give a path or <org>/<name>"),
+        ("base.offline=foo", "base.offline: 'foo' does not fit a model; write package:"),
+    ],
+)
+def test_a_base_that_cannot_be_looked_for_is_refused(folder, override, problem):
+    (found,) = problems(overrides=[override])
+    assert found.startswith(f"override '{override}': {problem}")
 
 
 def test_a_recipe_is_frozen(folder):

@@ -97,7 +97,7 @@ def test_resume_of_a_changed_recipe_names_the_change(claimed, folder, recipe, ti
     claimed(recipe)
     assert claimed(changed(tiny_recipe, learning_rate=1.0), "resume") == (
         f"{folder}: --resume needs the recipe that the run was started with; "
-        "then: learning_rate: 0.005; now: learning_rate: 1.0"
+        "training.learning_rate: then 0.005, now 1.0"
     )
 
 
@@ -117,9 +117,19 @@ def test_a_damaged_record_does_not_stop_a_resume(claimed, folder, recipe, conten
 
 def test_a_stored_recipe_that_is_no_text_is_another_recipe(claimed, folder, recipe):
     claimed(recipe)
-    (folder / "recipe.yaml").write_bytes(b"\xff\n")
-    assert claimed(recipe, "resume").startswith(
-        f"{folder}: --resume needs the recipe that the run was started with; then: \ufffd; now: "
+    (folder / "recipe.yaml").write_bytes(b"\xff: [\n")
+    assert claimed(recipe, "resume") == (
+        f"{folder / 'recipe.yaml'}: is damaged, so the run cannot be resumed; add --overwrite"
+    )
+
+
+def test_a_list_in_another_order_is_named_with_its_key(claimed, folder, recipe, tiny_recipe):
+    claimed(recipe)
+    labels = [*reversed(tiny_recipe["task"]["labels"])]
+    other = from_resolved({**tiny_recipe, "task": {**tiny_recipe["task"], "labels": labels}})
+    assert claimed(other, "resume") == (
+        f"{folder}: --resume needs the recipe that the run was started with; "
+        'task.labels: then ["negative", "positive"], now ["positive", "negative"]'
     )
 
 

@@ -167,30 +167,23 @@ def _is_on(key: str) -> bool:
 
 def check_registry() -> Check:
     """Whether deltas can be written to the registry, or its folder be made."""
-    from peftkit.registry import default_root
+    from peftkit.registry import default_root, root_problem
 
     root = default_root()
-    if root.exists() and not root.is_dir():
-        return Check("fail", "registry", f"{root}: not a folder", "correct PEFTKIT_REGISTRY")
-    existing = _nearest_existing(root)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        advice = "make it writable, or name another in PEFTKIT_REGISTRY"
-        return Check("fail", "registry", f"{root}: {existing} is not writable", advice)
+    if problem := root_problem(root):
+        advice = "name a folder that can be written in PEFTKIT_REGISTRY"
+        return Check("fail", "registry", f"{root}: {problem}", advice)
     return Check("ok", "registry", f"{root}{'' if root.exists() else ' (made when needed)'}")
 
 
 def check_disk() -> Check:
     """Free space where the registry lies."""
-    from peftkit.registry import default_root
+    from peftkit.registry.root import default_root, nearest_existing
 
-    free = shutil.disk_usage(_nearest_existing(default_root())).free
+    free = shutil.disk_usage(nearest_existing(default_root())).free
     found = f"{free / 1e9:.1f} GB free"
     if free < NO_DISK_BYTES:
         return Check("fail", "disk", found, "free some: a run would not fit")
     if free < LOW_DISK_BYTES:
         return Check("warn", "disk", found, "enough for adapters, tight for full checkpoints")
     return Check("ok", "disk", found)
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())

@@ -104,7 +104,8 @@ def predict(
 ) -> None:
     """Answer for one text.
 
-    Prints the label and its probability, or the number that a regression predicts.
+    Prints the label and its probability, or the number that a regression predicts. A text that
+    begins with a dash goes after `--`.
     """
     from peftkit.registry.loading import load_delta
 

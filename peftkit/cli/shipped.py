@@ -69,7 +69,7 @@ def list_recipes(*, as_json: JsonFlag = False) -> None:
 def copy_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `peftkit ls`.")],
     destination: Annotated[
-        Path | None, typer.Argument(metavar="DEST", help="A file or a folder; by default here.")
+        str | None, typer.Argument(metavar="DEST", help="A file or a folder; by default here.")
     ] = None,
 ) -> None:
     """Copy a shipped recipe, to change it."""
@@ -77,9 +77,11 @@ def copy_recipe(
     name = name.removesuffix(".yaml")
     if name not in known:
         raise UsageError(f"recipe '{name}' is unknown; {suggestion(name, known)}")
-    target = destination or Path()
+    target = Path(destination or ".")
     if target.is_dir():
         target /= known[name].name
+    elif (destination or "").endswith("/"):
+        raise UsageError(f"{target}: no such folder; create it or name a file")
     if target.exists():
         raise UsageError(f"{target}: exists already; name another file or remove it")
     if not target.parent.is_dir():

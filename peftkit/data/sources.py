@@ -119,7 +119,7 @@ def _request_problems(request: Request) -> list[str]:
 def _from_path(request: Request) -> Located | str:
     path = Path(os.path.expanduser(request.name))
     if not os.path.exists(path):  # Unlike Path.exists, False for a name that is too long.
-        return f"path {path}: does not exist"
+        return f"path {path.absolute()}: does not exist"
     folder = path / (request.config or "")
     check_folder(request.kind, folder)
     return request.found(folder.absolute(), "path")

@@ -140,7 +140,11 @@ def _csv_table(path: Path) -> "pa.Table":
     from pyarrow import csv
 
     data = path.read_bytes()
-    data.decode("utf-8")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SourceError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
     # One block, or types would be guessed from the first megabyte alone.
     whole = csv.ReadOptions(block_size=len(data) + 1)
     parse = csv.ParseOptions(newlines_in_values=True)

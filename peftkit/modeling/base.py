@@ -3,7 +3,9 @@
 Read by the recipe; called by the experiment and by the registry when a delta is loaded.
 """
 
-from peftkit.data.sources import Located, locate
+from pydantic import field_validator
+
+from peftkit.data.sources import Located, locate, offline_problem
 from peftkit.schema import Section
 
 
@@ -17,6 +19,20 @@ class BaseConfig(Section):
     offline: str | None = None
     """Where to find the same weights without the Hub:
     `package:<distribution>/<folder>#sha256=<hex>`."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("empty; give a path or <org>/<name>")
+        return value
+
+    @field_validator("offline")
+    @classmethod
+    def _names_a_package(cls, value: str | None) -> str | None:
+        if value is not None and (problem := offline_problem("models", value)):
+            raise ValueError(problem.removeprefix("offline: "))
+        return value
 
 
 def resolve_base(config: BaseConfig) -> Located:

@@ -3,6 +3,14 @@
 Above `modeling`, below `experiment` and `cli`. Importing this package loads no tensor library.
 """
 
-from peftkit.registry.store import DeltaInfo, Registry, RunSummary, StoredDelta, default_root
+from peftkit.registry.root import default_root, root_problem
+from peftkit.registry.store import DeltaInfo, Registry, RunSummary, StoredDelta
 
-__all__ = ["DeltaInfo", "Registry", "RunSummary", "StoredDelta", "default_root"]
+__all__ = [
+    "DeltaInfo",
+    "Registry",
+    "RunSummary",
+    "StoredDelta",
+    "default_root",
+    "root_problem",
+]

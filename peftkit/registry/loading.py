@@ -21,7 +21,8 @@ from peftkit.modeling.deltas import apply_delta
 from peftkit.modeling.identity import base_digest, tokenizer_digest
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import freeze, set_precision
-from peftkit.registry.store import Registry, StoredDelta, default_root
+from peftkit.registry.root import default_root
+from peftkit.registry.store import Registry, StoredDelta
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from peftkit.registry.tensors import (
 )
 from peftkit.staging import fsync_path, staged_folder
 
-__all__ = ["DeltaInfo", "Registry", "RunSummary", "Scan", "StoredDelta", "default_root"]
+__all__ = ["DeltaInfo", "Registry", "RunSummary", "Scan", "StoredDelta"]
 
 MAX_ATTEMPTS = 1000
 """Version numbers that other writers may take away from one save."""
@@ -57,11 +57,6 @@ _HINTS = {
     errno.EACCES: _WRITABLE,
     errno.EPERM: _WRITABLE,
 }
-
-
-def default_root() -> Path:
-    """`$PEFTKIT_REGISTRY`, else `registry` in the current folder."""
-    return Path(os.environ.get("PEFTKIT_REGISTRY") or "registry")
 
 
 @dataclass(frozen=True)

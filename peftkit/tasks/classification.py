@@ -105,7 +105,7 @@ class ClassificationConfig(Section):
         labels = info.data.get("labels")
         count = 1 if info.data.get("problem") == "regression" else len(labels) if labels else 2
         if problems := metrics.unfit(value or [], num_labels=count):
-            raise ValueError("; ".join(problems))
+            raise ValueError("; ".join(p.removeprefix("metrics: ") for p in problems))
         return value
 
     @field_validator("validation_split")

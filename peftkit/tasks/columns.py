@@ -149,6 +149,11 @@ def _distinct_integers(where: str, values: list[Any], problems: list[str]) -> li
     elif all(isinstance(value, str) for value in others):
         found = ", ".join(sorted(set(others))[: 2 * SHOWN])
         problems.append(f"{where}: labels are strings; list them in `labels`, in id order: {found}")
+    elif None in others:
+        missing = [row for row, value in enumerate(values) if value is None]
+        problems.append(
+            f"{where}: {_rows(len(missing))} without a label, the first is row {missing[0]}"
+        )
     else:
         problems.append(
             f"{where}: labels are integers or strings, found {others[0]!r} in row "

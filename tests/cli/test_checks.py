@@ -118,7 +118,7 @@ def test_registry_states(root, monkeypatch):
     assert checks.check_registry().found == f"{root}: {root} is not writable"
     root.rmdir()
     root.touch()
-    assert checks.check_registry().found == f"{root}: not a folder"
+    assert checks.check_registry().found == f"{root}: {root} is not a folder"
 
 
 @pytest.mark.parametrize(("free", "state"), [(10**11, "ok"), (10**9, "warn"), (10**8, "fail")])

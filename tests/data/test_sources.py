@@ -68,7 +68,7 @@ def test_models_and_data_sets_do_not_mix(mirror):
 def test_a_failed_search_lists_every_place_and_reason(mirror):
     assert refusal("models", "org/x", offline=f"package:no-such-wheel/m#sha256={ZEROS}") == (
         "model 'org/x': not found; tried in this order:\n"
-        "  path org/x: does not exist\n"
+        f"  path {Path.cwd()}/org/x: does not exist\n"
         f"  mirror {mirror}/models/org/x: no such folder\n"
         "  Hub: not asked, HF_HUB_OFFLINE is set; local cache: no whole snapshot\n"
         "  offline package:no-such-wheel: not installed; pip install --no-deps no-such-wheel"
@@ -78,7 +78,7 @@ def test_a_failed_search_lists_every_place_and_reason(mirror):
 def test_a_failed_search_for_data_without_mirror_or_alternative():
     assert refusal("datasets", "org/x", config="c") == (
         "data set 'org/x': not found; tried in this order:\n"
-        "  path org/x: does not exist\n"
+        f"  path {Path.cwd()}/org/x: does not exist\n"
         "  mirror: PEFTKIT_MIRROR is not set\n"
         "  Hub: not asked, HF_HUB_OFFLINE is set; local cache: ValueError: Couldn't find cache for "
         "org/x for config 'c'\n"
@@ -95,7 +95,7 @@ def test_a_name_never_leaves_the_mirror(mirror, name):
     make_data(mirror / "secret")
     assert refusal("datasets", name) == (
         f"data set '{name}': not found; tried in this order:\n"
-        f"  path {name}: does not exist\n"
+        f"  path {Path.cwd()}/{name}: does not exist\n"
         f"  mirror {mirror}: '{name}' is not of the form <org>/<name>\n"
         f"  Hub: '{name}' is not of the form <org>/<name>\n"
         "  offline: the recipe names no alternative"
@@ -334,7 +334,6 @@ def test_a_column_of_two_types_is_named(tmp_path):
     [
         ("train.parquet", b"PAR1 not really", "Parquet magic bytes not found in footer."),
         ("train.csv", b"a,b\n1,2\n3\n", "CSV parse error: Expected 2 columns, got 1: 3"),
-        ("train.csv", b"a,b\n\xff,2\n", "'utf-8' codec can't decode byte 0xff in position 4"),
         ("train.csv", b"a,a\n1,2\n", "duplicate columns a"),
         ("train.csv", b"", "Empty CSV file"),
         ("train.json", b'[{"a": 1}', "Expecting ',' delimiter: line 1 column 10 (char 9)"),
@@ -347,6 +346,12 @@ def test_an_unreadable_file_is_one_line(tmp_path, name, content, reason):
     assert message.startswith(f"{path}: not readable as {path.suffix[1:]}: ")
     assert reason.lower() in message.lower()
     assert "\n" not in message
+
+
+def test_a_csv_that_is_not_utf_8_is_named_with_its_line(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"a,b\n1,2\n\xff,2\n")
+    message = f"{tmp_path}/train.csv:3: not UTF-8 text; save the file as UTF-8"
+    assert read_refusal(tmp_path) == message
 
 
 def test_a_truncated_parquet_file_is_refused(tmp_path):

@@ -48,13 +48,13 @@ def errors_of(**changes):
         (
             {"problem": "regression", "metrics": ["accuracy"]},
             "metrics",
-            "metrics: 'accuracy' scores classes and the problem is a regression; "
+            "'accuracy' scores classes and the problem is a regression; "
             "choose from mae, mse, pearsonr, spearmanr",
         ),
         (
             {"labels": ["x", "y", "z"], "metrics": ["f1"]},
             "metrics",
-            "metrics: 'f1' is that of class 1 of two and there are 3 labels; "
+            "'f1' is that of class 1 of two and there are 3 labels; "
             "use accuracy, f1_macro or matthews_correlation",
         ),
         (

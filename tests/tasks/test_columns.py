@@ -80,9 +80,8 @@ def test_labels_outside_the_map_are_counted_each():
             "set `problem: regression` if they are numbers to predict",
         ),
         (
-            [0, None],
-            "labels are integers or strings, found None in row 1; "
-            "set `problem: regression` if they are numbers to predict",
+            [0, None, 1, None],
+            "2 rows without a label, the first is row 1",
         ),
         ([1, 1], "every label is 1; two labels at least are needed"),
     ],
