@@ -114,9 +114,12 @@ def train_mode(model: nn.Module) -> None:
 def set_precision(model: nn.Module, frozen_dtype: torch.dtype) -> None:
     """Hold frozen floating-point parameters in `frozen_dtype` and trainable ones in float32.
 
-    A norm of which a part trains is float32 as a whole: it computes in one dtype. Changes the
-    parameters in place. Quantised weights are integers and stay as they are.
+    A norm of which a part trains is float32 as a whole: it computes in one dtype. A trained
+    embedding over a frozen model hands its rows on in `frozen_dtype`: autocast leaves embeddings
+    alone, and a 16-bit norm takes no float32 on a CPU. Changes the model in place. Quantised
+    weights are integers and stay as they are.
     """
+    holds = any(p.is_floating_point() and not p.requires_grad for p in model.parameters())
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
         is_norm = all(p.ndim == 1 for p in own)
@@ -124,6 +127,8 @@ def set_precision(model: nn.Module, frozen_dtype: torch.dtype) -> None:
         for parameter in own:
             dtype = torch.float32 if parameter.requires_grad or norm_trains else frozen_dtype
             parameter.data = parameter.data.to(dtype)
+        if holds and isinstance(module, nn.Embedding) and module.weight.requires_grad:
+            module.register_forward_hook(lambda *call: call[-1].to(frozen_dtype))
 
 
 def layer_depths(model: PreTrainedModel) -> dict[str, int]:

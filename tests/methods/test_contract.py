@@ -124,6 +124,12 @@ CASES = {
     "lora-tokens": Case(
         "bert", {**LORA_QV, "trainable_token_indices": [4, 5]}, 13, rf"{LORA_AB}|trainable_tokens"
     ),
+    "lora-embedding": Case(
+        "bert",
+        {**LORA_QV, "modules_to_save": ["word_embeddings"]},
+        13,
+        rf"{LORA_AB}|word_embeddings",
+    ),
     "lora-roberta": Case("roberta", LORA, 36),
     "lora-dense-roberta": Case("roberta", {**LORA, "target_modules": ["dense"]}, 18),
     "lora-exclude-roberta": Case("roberta", {**LORA, "exclude_modules": ["query"]}, 30),

@@ -147,6 +147,29 @@ def test_a_norm_is_held_in_one_dtype(base_of):
     tiny_runs.train(model, method, base_of("bert"), mixed_precision="bf16")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "embedding"),
+    [("bert", "word_embeddings"), ("gpt2", "wte"), ("llama", "embed_tokens")],
+)
+def test_a_trained_embedding_hands_on_what_the_frozen_model_is_held_in(
+    base_of, model_type, embedding
+):
+    method = tiny_runs.make_method(LORA | {"modules_to_save": [embedding]})
+    model = tiny_runs.prepare(base_of(model_type), method, mixed_precision="bf16")
+    name = f"{embedding}.modules_to_save.default"
+    trained = next(m for n, m in model.named_modules() if n.endswith(name))
+    assert trained.weight.dtype == torch.float32
+    assert trained(torch.tensor([5])).dtype == torch.bfloat16
+    before = trained.weight.detach().clone()
+    tiny_runs.train(model, method, base_of(model_type), mixed_precision="bf16")
+    assert not torch.equal(trained.weight, before)
+
+
+def test_an_embedding_among_trained_modules_stays_float32(base_of):
+    model = tiny_runs.prepare(base_of("bert"), tiny_runs.make_method(FULL), mixed_precision="bf16")
+    assert model.bert.embeddings.word_embeddings(torch.tensor([5])).dtype == torch.float32
+
+
 def test_counts_are_of_elements(base_of):
     model = loaded(base_of("bert"))
     total = sum(p.numel() for p in model.parameters())
