@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from peftkit.errors import Interrupted, PeftkitError, UsageError
 
@@ -20,6 +21,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
     exception prints one line that names it. `debug` adds the traceback in both cases. The result
     is always 0, 1 or 2.
     """
+    _open_missing_streams()
     try:
         code = _ended(action)
         sys.stdout.flush()
@@ -32,6 +34,13 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
         return _tell(_lines(error), code=_allowed(error.exit_code), debug=debug)
     except Exception as error:  # a bug, or a library's own class: one line all the same
         return _tell([_surprise(error, debug=debug)], code=1, debug=debug)
+
+
+def _open_missing_streams() -> None:
+    """`peftkit ls >&-`: Python has no stream then, but every writer expects one."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open to the end
 
 
 def _ended(action: Callable[[], object]) -> int:

@@ -109,3 +109,17 @@ def test_a_reader_that_stops_early_sees_no_complaint():
         said = running.stderr.read()
         assert running.wait() == 1
     assert said == b""
+
+
+def ended(redirection):
+    """Exit code and stderr of `peftkit plugins` under a shell's redirection."""
+    code = "import sys; from peftkit.cli import main; sys.exit(main(['plugins']))"
+    shell = f'"{sys.executable}" -c "{code}" {redirection}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", shell], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_closed_streams_are_nobody_reading(closed):
+    assert ended(closed) == (0, "")
