@@ -115,19 +115,26 @@ def set_precision(model: nn.Module, frozen_dtype: torch.dtype) -> None:
     """Hold frozen floating-point parameters in `frozen_dtype` and trainable ones in float32.
 
     A norm of which a part trains is float32 as a whole: it computes in one dtype. A trained
-    embedding over a frozen model hands its rows on in `frozen_dtype`: autocast leaves embeddings
-    alone, and a 16-bit norm takes no float32 on a CPU. Changes the model in place. Quantised
-    weights are integers and stay as they are.
+    embedding among frozen modules hands its rows on in `frozen_dtype`: autocast leaves embeddings
+    alone, and a 16-bit norm takes no float32 on a CPU. PEFT's prompt encoders stand before the
+    base, feed float32 layers of their own and are cast by PEFT. Changes the model in place.
+    Quantised weights are integers and stay as they are.
     """
     holds = any(p.is_floating_point() and not p.requires_grad for p in model.parameters())
-    for module in model.modules():
+    for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
         is_norm = all(p.ndim == 1 for p in own)
         norm_trains = is_norm and any(p.requires_grad for p in own)
         for parameter in own:
             dtype = torch.float32 if parameter.requires_grad or norm_trains else frozen_dtype
             parameter.data = parameter.data.to(dtype)
-        if holds and isinstance(module, nn.Embedding) and module.weight.requires_grad:
+        is_prompt = "prompt_encoder" in name.split(".")
+        if (
+            holds
+            and not is_prompt
+            and isinstance(module, nn.Embedding)
+            and module.weight.requires_grad
+        ):
             module.register_forward_hook(lambda *call: call[-1].to(frozen_dtype))
 
 
