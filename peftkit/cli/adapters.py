@@ -1,93 +1,214 @@
-"""The verbs `adapters ls` and `adapters show`: what the registry holds.
+"""The verbs below `adapters` that look and name: ls, show, path, tag, rm.
 
 Called by `cli.app`; imports the registry inside each verb and no tensor library.
 """
 
+import operator
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftkit.cli.output import JsonFlag, megabytes, note, print_json, print_pairs, print_table
-from peftkit.errors import RegistryError
+from peftkit.errors import RegistryError, UsageError
 
 if TYPE_CHECKING:
     from peftkit.registry import StoredDelta
 
-COLUMNS = ("name", "version", "method", "task", "base", "metrics", "size", "created")
+COLUMNS = ("name", "version", "tags", "method", "task", "base", "metrics", "size", "created")
+SORT_KEYS = ("name", "created", "size")
+
+_CONDITION = re.compile(r"([A-Za-z0-9_.-]+?)\s*(>=|<=|>|<|=)\s*(-?[0-9.]+(?:e-?[0-9]+)?)")
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "=": operator.eq,
+}
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name, name@v2 or name@TAG.")]
 
 
-def add_to(app: typer.Typer) -> None:
+def add_to(group: typer.Typer) -> None:
     """Register the verbs below `adapters`."""
-    group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The stored deltas.")
-    group.command("ls", epilog="Example: peftkit adapters ls --json")(list_adapters)
-    group.command("show", epilog="Example: peftkit adapters show lora-sst2@v1")(show_adapter)
-    app.add_typer(group, name="adapters")
+    example = "Example: peftkit adapters"
+    group.command("ls", epilog=f"{example} ls --task sst2 --sort accuracy")(list_adapters)
+    group.command("show", epilog=f"{example} show lora-sst2@v1")(show_adapter)
+    group.command("path", epilog=f"{example} path lora-sst2")(print_path)
+    group.command("tag", epilog=f"{example} tag lora-sst2@v3 best")(tag_adapter)
+    group.command("rm", epilog=f"{example} rm lora-sst2@v1")(remove_adapter)
 
 
-def list_adapters(*, as_json: JsonFlag = False) -> None:
+def list_adapters(
+    *,
+    base: Annotated[str | None, typer.Option(help="Only bases whose name holds this.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only tasks whose name holds this.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Only scores such as 'accuracy>=0.9'.")] = None,
+    sort: Annotated[
+        str, typer.Option(help="name, created, size or a metric; all but name fall.")
+    ] = "name",
+    as_json: JsonFlag = False,
+) -> None:
     """List the registry.
 
     That is $PEFTKIT_REGISTRY, else ./registry. Unreadable versions are named, and exit 1.
     """
     from peftkit.registry import Registry, default_root
 
-    scan = Registry(default_root()).scan()
+    score = _metric_filter(metric)
+    listing = Registry(default_root()).ls()
+    rows = [
+        row
+        for row in listing.rows
+        if (base or "") in row["base"]
+        and (task or "") in row["task"]
+        and method in (None, row["method"])
+        and score(row["metrics"])
+    ]
+    rows = _sorted(rows, sort)
     if as_json:
-        print_json([_summary(delta) for delta in scan.deltas])
-    elif scan.deltas:
-        print_table(COLUMNS, [_row(delta) for delta in scan.deltas])
+        print_json(rows)
+    elif rows:
+        print_table(COLUMNS, [_row(row) for row in rows])
     else:
-        note(f"no deltas in {default_root()}")
-    if scan.problems:
-        raise RegistryError(scan.problems)
+        matching = " that match" if listing.rows else ""
+        note(f"no deltas in {default_root()}{matching}")
+    if listing.problems:
+        raise RegistryError(listing.problems)
 
 
-def show_adapter(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="name, or name@v2.")],
-    *,
-    as_json: JsonFlag = False,
-) -> None:
+def show_adapter(name: Name, *, as_json: JsonFlag = False) -> None:
     """Show one delta.
 
     What it is, what it belongs to and where it comes from. Its files are not verified.
     """
+    from peftkit.registry.summary import summary_of
+
+    stored, tags = _found(name)
+    if as_json:
+        info = stored.info.model_dump(mode="json")
+        print_json({**summary_of(stored), "path": str(stored.path), "tags": tags, "info": info})
+    else:
+        print_pairs(_description(stored, tags))
+
+
+def print_path(name: Name) -> None:
+    """Print the folder of a delta.
+
+    A read-only folder of links that PEFT, vLLM or a person opens. The files of `weights` deltas are
+    peftkit's own. The files are not verified.
+    """
+    print(_found(name)[0].path)
+
+
+def tag_adapter(
+    name: Name,
+    tag: Annotated[str, typer.Argument(metavar="TAG", help="Such as best or production.")],
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Move a tag that is set.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Take the tag away.")] = False,
+) -> None:
+    """Name a version.
+
+    `name@TAG` then means it wherever a name is asked for.
+    """
     from peftkit.registry import Registry, default_root
 
-    stored = Registry(default_root()).find(name)
-    if as_json:
-        print_json({**_summary(stored), "info": stored.info.model_dump(mode="json")})
+    registry = Registry(default_root())
+    if delete:
+        registry.untag(name.partition("@")[0], tag)
+        print(f"{name.partition('@')[0]}@{tag} removed")
     else:
-        print_pairs(_description(stored))
+        stored = registry.tag(name, tag, move=force)
+        print(f"{stored.name}@{tag} is {stored}")
 
 
-def _summary(stored: "StoredDelta") -> dict[str, Any]:
-    return {
-        "name": stored.name,
-        "version": stored.version,
-        "path": str(stored.path),
-        "kind": stored.info.kind,
-        "method": stored.info.method.get("type"),
-        "task": _task_name(stored),
-        "base": stored.info.base_name,
-        "metrics": stored.info.run.metrics,
-        "stand_in": stored.info.stand_in,
-        "bytes": sum(file.size for file in stored.files.values()),
-        "created": stored.info.created,
-        "files": {name: file.sha256 for name, file in stored.files.items()},
-    }
+def remove_adapter(
+    name: Name,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Every version of the name.")] = False,
+) -> None:
+    """Remove a version and its tags.
+
+    Its blobs stay until `peftkit adapters gc`; its number is never used again.
+    """
+    from peftkit.registry import Registry, default_root
+
+    registry = Registry(default_root())
+    if "@" not in name and not every and len(registry.lookup.versions_of(name)) > 1:
+        raise UsageError(f"{name}: has several versions; name one such as {name}@v1, or add --all")
+    for removed in registry.rm(name):
+        print(f"{removed} removed")
 
 
-def _row(stored: "StoredDelta") -> list[str]:
-    found = _summary(stored)
-    plain = [str(found[column]) for column in ("name", "version", "method", "task", "base")]
-    return [*plain, _metrics(stored), megabytes(found["bytes"]), str(found["created"])]
+def _found(name: str) -> "tuple[StoredDelta, list[str]]":
+    from peftkit.registry import Registry, default_root
+
+    registry = Registry(default_root())
+    stored = registry.find(name)
+    tags = registry.tags.of(stored.name).items()
+    return stored, [tag for tag, version in tags if f"v{version.number}" == stored.version]
 
 
-def _description(stored: "StoredDelta") -> list[tuple[str, str]]:
+def _metric_filter(condition: str | None) -> Callable[[dict[str, float | None]], bool]:
+    if condition is None:
+        return lambda metrics: True
+    parsed = _CONDITION.fullmatch(condition.strip())
+    try:
+        wanted = float(parsed[3]) if parsed else None
+    except ValueError:
+        wanted = None
+    if parsed is None or wanted is None:
+        raise UsageError(f"--metric {condition!r}: expected a condition such as 'accuracy>=0.9'")
+    key, holds, bound = parsed[1], _COMPARISONS[parsed[2]], wanted
+
+    def fits(metrics: dict[str, float | None]) -> bool:
+        value = metrics.get(key)
+        return value is not None and holds(value, bound)
+
+    return fits
+
+
+def _sorted(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    if key == "name":
+        return rows
+    metrics = sorted({metric for row in rows for metric in row["metrics"]})
+    if key not in (*SORT_KEYS, *metrics):
+        raise UsageError(f"--sort {key!r}: expected one of {', '.join((*SORT_KEYS, *metrics))}")
+    field = {"size": "bytes"}.get(key, key)
+
+    def rank(row: dict[str, Any]) -> tuple[bool, Any]:
+        value = row[field] if key in SORT_KEYS else row["metrics"].get(key)
+        return value is not None, value if value is not None else 0
+
+    return sorted(rows, key=rank, reverse=True)
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    sample = " (sample)" if row["stand_in"] else ""
+    plain = [str(row[column]) for column in ("name", "version")]
+    return [
+        *plain,
+        ", ".join(row["tags"]),
+        str(row["method"]),
+        row["task"] + sample,
+        row["base"],
+        _metrics(row["metrics"]),
+        megabytes(row["bytes"]),
+        str(row["created"]),
+    ]
+
+
+def _description(stored: "StoredDelta", tags: list[str]) -> list[tuple[str, str]]:
     info = stored.info
     quantised = info.quantisation.quant_type if info.quantisation else "no"
     pairs = [
-        ("name", f"{stored.name}@{stored.version}"),
+        ("name", str(stored)),
+        ("tags", ", ".join(tags) or "-"),
+        ("digest", stored.digest),
         ("path", str(stored.path)),
         ("kind", info.kind),
         *_settings("method", info.method),
@@ -97,7 +218,7 @@ def _description(stored: "StoredDelta") -> list[tuple[str, str]]:
         ("base digest", info.base_digest),
         ("quantised base", quantised),
         ("tokenizer digest", info.tokenizer_digest),
-        ("metrics", _metrics(stored)),
+        ("metrics", _metrics(info.run.metrics)),
         ("trained on", "a sample that peftkit made" if info.stand_in else "the named data"),
         ("run", f"{info.run.record} (seed {info.run.seed}, {info.run.status})"),
         ("recipe digest", info.recipe_digest),
@@ -107,15 +228,7 @@ def _description(stored: "StoredDelta") -> list[tuple[str, str]]:
     return pairs + [(f"file {name}", str(file)) for name, file in files]
 
 
-def _task_name(stored: "StoredDelta") -> str:
-    task = stored.info.task
-    words = (task.get("type"), task.get("dataset"), task.get("dataset_config"))
-    sample = " (sample)" if stored.info.stand_in else ""
-    return " ".join(str(word) for word in words if word) + sample
-
-
-def _metrics(stored: "StoredDelta") -> str:
-    metrics = stored.info.run.metrics
+def _metrics(metrics: dict[str, float | None]) -> str:
     shown = (f"{name} {'-' if v is None else format(v, '.4f')}" for name, v in metrics.items())
     return ", ".join(shown) or "-"
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, doctor, plugins, recipes, run, scoring, shipped
+from peftkit.cli import adapters, doctor, plugins, recipes, run, scoring, shipped, store
 
 
 def build_app() -> typer.Typer:
@@ -27,7 +27,10 @@ def build_app() -> typer.Typer:
     recipes.add_to(app)
     shipped.add_to(app)
     scoring.add_to(app)
-    adapters.add_to(app)
+    group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The stored deltas.")
+    adapters.add_to(group)
+    store.add_to(group)
+    app.add_typer(group, name="adapters")
     doctor.add_to(app)
     plugins.add_to(app)
     return app

@@ -1,4 +1,4 @@
-"""What a stored delta says of itself: `manifest.json`, its fields and its exact bytes.
+"""What a stored delta says of itself: `manifest.json`, the config of its OCI manifest.
 
 Called by the store, and by the experiment to fill in `DeltaInfo`; imports no tensor library.
 """
@@ -13,12 +13,10 @@ from pydantic import Field, ValidationError
 
 from peftkit.contracts import Quantisation
 from peftkit.errors import RegistryError
-from peftkit.registry.tensors import FileDigest
 from peftkit.schema import Section
 
 SCHEMA_VERSION: Literal[1] = 1
-MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 4 << 20
+MAX_INFO_BYTES = 4 << 20
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 UtcTime = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)$")]
@@ -68,79 +66,49 @@ class DeltaInfo(Section):
     """UTC, ISO 8601."""
 
 
-class Manifest(Section):
-    """Content of `manifest.json`, to which the file adds a `digest` of all of it.
-
-    `name` and `version` say where the folder belongs, so that a moved folder is noticed.
-    """
-
-    name: str
-    version: str
-    info: DeltaInfo
-    files: dict[str, FileDigest]
-
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`: the content, then the digest of it.
+def encode_info(info: DeltaInfo) -> bytes:
+    """The bytes of `manifest.json`.
 
     Raises:
         RegistryError: the info holds what JSON cannot, or too much.
     """
     try:
-        sealed = _sealed(manifest.model_dump())
+        text = json.dumps(
+            info.model_dump(), indent=2, ensure_ascii=False, allow_nan=False, default=os.fspath
+        )
+        data = f"{text}\n".encode()
     except (RecursionError, TypeError, ValueError) as error:
         raise RegistryError(
-            f"{manifest.name}: info holds what JSON cannot ({' '.join(str(error).split())})"
+            f"delta: info holds what JSON cannot ({' '.join(str(error).split())})"
         ) from error
-    if len(sealed) > MAX_MANIFEST_BYTES:
-        raise RegistryError(
-            f"{manifest.name}: info of {len(sealed)} bytes, at most {MAX_MANIFEST_BYTES}"
-        )
-    return sealed
+    if len(data) > MAX_INFO_BYTES:
+        raise RegistryError(f"delta: info of {len(data)} bytes, at most {MAX_INFO_BYTES}")
+    return data
 
 
-def _sealed(payload: dict[str, Any]) -> bytes:
-    digest = f"sha256:{FileDigest.of(_json(payload)).sha256}"
-    return _json({**payload, "digest": digest})
-
-
-def _json(payload: dict[str, Any]) -> bytes:
-    text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False, default=os.fspath)
-    return f"{text}\n".encode()
-
-
-def decode_manifest(data: bytes, path: Path) -> Manifest:
-    """Content of the bytes of `path`, which must be exactly what `encode_manifest` made.
+def decode_info(data: bytes, where: Path) -> DeltaInfo:
+    """Read what `encode_info` wrote; the caller has verified the bytes.
 
     Raises:
-        RegistryError: not JSON, another digest, a newer schema, or fields that do not fit.
+        RegistryError: not JSON, a newer schema, or fields that do not fit.
     """
     try:
-        payload = json.loads(data.decode())
-        payload.pop("digest", None)
-        _refuse_newer(payload, path)
-        sealed = _sealed(payload)
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RegistryError(f"{path}: damaged manifest, not readable as JSON ({reason})") from error
-    if sealed != data:
-        raise RegistryError(
-            f"{path}: damaged manifest, expected {FileDigest.of(sealed)}, "
-            f"found {FileDigest.of(data)}"
-        )
-    try:
-        return Manifest.model_validate_json(_json(payload))
+        payload = json.loads(data)
+        _refuse_newer(payload, where)
+        return DeltaInfo.model_validate_json(data)
     except ValidationError as error:
         raise RegistryError(
-            f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+            f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
         ) from error
+    except (RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RegistryError(f"{where}: damaged info, not readable as JSON ({reason})") from error
 
 
-def _refuse_newer(payload: dict[str, Any], path: Path) -> None:
-    info = payload.get("info")
-    version = info.get("schema_version") if isinstance(info, dict) else None
+def _refuse_newer(payload: Any, where: Path) -> None:
+    version = payload.get("schema_version") if isinstance(payload, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise RegistryError(
-            f"{path}: manifest of schema {version}, this peftkit reads up to {SCHEMA_VERSION}; "
+            f"{where}: a delta of schema {version}, this peftkit reads up to {SCHEMA_VERSION}; "
             "upgrade peftkit"
         )

@@ -1,7 +1,8 @@
 """What a delta is called: names, references and the folders that they stand for.
 
-Called by the store; no tensor library is imported. A name is a single segment: it becomes one
-folder directly under the registry's root. References are `name`, `name@v3` and `name@latest`.
+Called by the store; no tensor library is imported. A name is a single segment: with a version it
+becomes one folder. References are `name`, `name@v3`, `name@latest`, `name@TAG` and
+`name@sha256:HEX`, the digest of a version's OCI manifest.
 """
 
 import os
@@ -17,16 +18,18 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 _VERSION_LIKE = re.compile(r"v[0-9]+")
 _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-_OCI_LAYOUT = frozenset({"blobs", "index.json", "oci-layout"})
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Which delta is meant; `version` None is the newest."""
+    """Which delta is meant. All but the name None is the newest version."""
 
     name: str
     version: str | None = None
+    tag: str | None = None
+    digest: str | None = None
 
 
 def check_name(name: str) -> None:
@@ -52,27 +55,40 @@ def name_problem(name: str) -> str | None:
     # Windows drops a trailing dot, so 'a.' and 'a' would be one folder there.
     if name.endswith(".") or _WINDOWS_DEVICE.fullmatch(name):
         return "Windows cannot keep a folder of that name; take another, such as 'reviews-lora'"
-    if name in _OCI_LAYOUT:
-        return "kept free for the files of an OCI layout; take another, such as 'reviews-lora'"
     return None
 
 
-def parse_reference(reference: str) -> Reference:
-    """Read `name`, `name@vN` or `name@latest`.
+def check_tag(tag: str) -> None:
+    """Refuse a tag that breaks the grammar of names or reads as something else.
 
     Raises:
-        RegistryError: the name or the version breaks the grammar.
+        RegistryError: what is wrong and what is allowed.
     """
-    name, at, version = reference.partition("@")
+    problem = name_problem(tag)
+    if problem:
+        raise RegistryError(f"tag {_shown(tag)}: {problem}")
+
+
+def parse_reference(reference: str) -> Reference:
+    """Read `name`, `name@vN`, `name@latest`, `name@TAG` or `name@sha256:HEX`.
+
+    Raises:
+        RegistryError: the name or what follows it breaks the grammar.
+    """
+    name, at, selector = reference.partition("@")
     check_name(name)
-    if not at or version == LATEST:
+    if not at or selector == LATEST:
         return Reference(name)
-    if not _VERSION.fullmatch(version):
+    if _VERSION.fullmatch(selector):
+        return Reference(name, version=selector)
+    if _DIGEST.fullmatch(selector):
+        return Reference(name, digest=selector)
+    if name_problem(selector):
         raise RegistryError(
-            f"reference {_shown(reference)}: version {_shown(version)} is unreadable; "
-            f"expected '{name}', '{name}@latest' or '{name}@v1'"
+            f"reference {_shown(reference)}: version {_shown(selector)} is unreadable; expected "
+            f"'{name}', '{name}@latest', '{name}@v1', a tag or '{name}@sha256:' and 64 hex digits"
         )
-    return Reference(name, version)
+    return Reference(name, tag=selector)
 
 
 def version_number(version: str) -> int | None:
@@ -92,34 +108,6 @@ def listed(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise RegistryError(f"{folder}: cannot be listed ({error.strerror})") from error
-
-
-def versions(folder: Path) -> list[str]:
-    """The versions below a name's folder, oldest first.
-
-    Raises:
-        RegistryError: the folder cannot be listed.
-    """
-    numbers = (version_number(entry) for entry in listed(folder))
-    return [f"v{number}" for number in sorted(n for n in numbers if n is not None)]
-
-
-def contained(parent: Path, entry: str) -> Path:
-    """`parent / entry`, which lies there in truth and not by a symbolic link.
-
-    Raises:
-        RegistryError: `entry` leads to another place.
-    """
-    folder = parent / entry
-    try:
-        inside = folder.resolve() == parent.resolve() / entry
-    except (OSError, RuntimeError):  # a loop of links
-        inside = False
-    if not inside:
-        raise RegistryError(
-            f"{folder}: is a symbolic link; put the real folder in its place or remove it"
-        )
-    return folder
 
 
 def _shown(text: str) -> str:

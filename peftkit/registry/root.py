@@ -1,10 +1,26 @@
-"""Where the registry lies, and whether it can be written.
+"""Where the registry lies, whether it can be written, and what is said when the disk refuses.
 
 Called by the store, by the experiment before anything is loaded, and by `doctor`.
 """
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from peftkit.errors import RegistryError
+
+_SPACE = "free some space or point PEFTKIT_REGISTRY at another disk"
+_WRITABLE = "make it writable or point PEFTKIT_REGISTRY at a folder that is"
+_HINTS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+}
 
 
 def default_root() -> Path:
@@ -25,3 +41,19 @@ def root_problem(root: Path) -> str | None:
 def nearest_existing(path: Path) -> Path:
     """The path itself or the closest parent that is there."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+@contextmanager
+def disk_refusal(root: Path, what: str) -> Iterator[None]:
+    """Turn a disk's refusal into one line with a hint."""
+    try:
+        yield
+    except OSError as error:
+        raise RegistryError(
+            f"{root}: {what} ({error.strerror or error}); {disk_hint(error)}"
+        ) from error
+
+
+def disk_hint(error: OSError) -> str:
+    """What to do about it."""
+    return _HINTS.get(error.errno or 0, "check the disk, then try again")

@@ -1,85 +1,35 @@
-"""The store of deltas on disk: `<root>/<name>/v1`, `v2`, …, each folder written once and whole.
+"""The store of deltas: an OCI image layout in which every version is written once and whole.
+
+    oci-layout  index.json  blobs/sha256/<hex>     what any OCI tool reads
+    deltas/<name>@v1/                              read-only links to the blobs of a version
+    tags/  removed/                                small files
+    cache.sqlite                                   may be deleted at any time
 
 Called by the experiment, by loading and by the CLI; imports no tensor library.
-A version holds the delta's files and `manifest.json`, which is written last and says what the
-delta belongs to, and the size and SHA-256 of every other file. Digests find damage, not forgery.
-There are no locks: writers compete for the rename that publishes a version.
+Digests find damage, not forgery. There are no locks: writers compete for the rename that publishes
+a version.
 """
 
-import errno
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError, suggestion
-from peftkit.registry.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    DeltaInfo,
-    Manifest,
-    RunSummary,
-    decode_manifest,
-    encode_manifest,
-)
-from peftkit.registry.names import (
-    check_name,
-    contained,
-    listed,
-    name_problem,
-    parse_reference,
-    version_number,
-    versions,
-)
-from peftkit.registry.tensors import (
-    DELTA_FILES,
-    FileDigest,
-    checked_file,
-    delta_from_files,
-    delta_to_files,
-    read_file,
-)
-from peftkit.staging import fsync_path, staged_folder
+from peftkit.registry.blobs import Blobs
+from peftkit.registry.collect import Collected, collect
+from peftkit.registry.index import Index, Listing
+from peftkit.registry.layout import LAYOUT_FILE, check_layout, encode_layout, encode_manifest
+from peftkit.registry.lookup import Lookup
+from peftkit.registry.manifest import DeltaInfo, RunSummary, encode_info
+from peftkit.registry.names import check_name, check_tag, parse_reference
+from peftkit.registry.reading import Contents, Reader, StoredDelta, decode, links_of
+from peftkit.registry.root import disk_hint, disk_refusal
+from peftkit.registry.tags import Tags
+from peftkit.registry.tensors import FileDigest, delta_from_files, delta_to_files
+from peftkit.registry.versions import Version, Versions, make_folder
+from peftkit.staging import discard, write_file
 
-__all__ = ["DeltaInfo", "Registry", "RunSummary", "Scan", "StoredDelta"]
-
-MAX_ATTEMPTS = 1000
-"""Version numbers that other writers may take away from one save."""
-
-_SPACE = "free some space or point PEFTKIT_REGISTRY at another disk"
-_WRITABLE = "make it writable or point PEFTKIT_REGISTRY at a folder that is"
-_HINTS = {
-    errno.ENOSPC: _SPACE,
-    errno.EDQUOT: _SPACE,
-    errno.EFBIG: _SPACE,
-    errno.EROFS: _WRITABLE,
-    errno.EACCES: _WRITABLE,
-    errno.EPERM: _WRITABLE,
-}
-
-
-@dataclass(frozen=True)
-class StoredDelta:
-    """One version as its manifest describes it; its files are not verified yet."""
-
-    name: str
-    version: str
-    path: Path
-    info: DeltaInfo
-    files: dict[str, FileDigest]
-    """Every file but the manifest."""
-    manifest: FileDigest
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a look through the whole store found."""
-
-    deltas: list[StoredDelta]
-    """By name, then by version number."""
-    problems: list[str]
-    """One line for each folder that is not a readable version."""
+__all__ = ["DeltaInfo", "Registry", "RunSummary", "StoredDelta"]
 
 
 class Registry:
@@ -87,8 +37,19 @@ class Registry:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.blobs = Blobs(root)
+        self.versions = Versions(root)
+        self.tags = Tags(root)
+        self.reader = Reader(self.blobs, self.versions)
+        self.index = Index(root, read=self.reader.listed, restore=self.reader.restore)
+        self.lookup = Lookup(self.index)
 
-    def save(self, name: str, delta: Delta, info: DeltaInfo) -> StoredDelta:
+    def save(
+        self,
+        name: str,
+        delta: Delta,
+        info: DeltaInfo,
+    ) -> StoredDelta:
         """Store `delta` as the next version of `name`, wholly or not at all.
 
         Raises:
@@ -97,33 +58,57 @@ class Registry:
         check_name(name)
         if info.kind != delta.kind:
             raise RegistryError(f"{name}: info says kind '{info.kind}', delta is '{delta.kind}'")
-        files = delta_to_files(delta)
-        folder = contained(self.root, name)
-        try:
-            _make_folder(folder)
-            return _publish(folder, files, info)
-        except OSError as error:
-            raise RegistryError(
-                f"{folder}: delta not saved, nothing was stored ({error.strerror or error}); "
-                f"{_HINTS.get(error.errno or 0, 'check the disk, then save again')}"
-            ) from error
+        files, about = delta_to_files(delta), encode_info(info)
+        digests = {file: FileDigest.of(data) for file, data in files.items()}
+        manifest = encode_manifest(FileDigest.of(about), digests)
+        return self._add(name, files, info=about, manifest=manifest)
 
-    def find(self, reference: str) -> StoredDelta:
-        """The version that `name`, `name@v2` or `name@latest` means; reads its manifest only.
+    def receive(
+        self, name: str, files: Mapping[str, bytes], *, info: bytes, manifest: bytes
+    ) -> StoredDelta:
+        """Store what another store made, to the byte; the caller has hashed it.
+
+        A version of `name` with the same manifest is returned as it is.
 
         Raises:
-            RegistryError: no such delta or version, or an unreadable manifest. A damaged newest
+            RegistryError: it cannot be read as a delta, or a disk that refuses.
+        """
+        check_name(name)
+        about = decode(manifest, info, where=self.root / name)[1]
+        delta_from_files(about.kind, files)
+        sha256 = FileDigest.of(manifest).sha256
+        for version in self.versions.of(name):
+            if self.versions.manifest(version) == sha256:
+                stored = self.reader.stored(version)
+                self.verify(stored)
+                return stored
+        return self._add(name, files, info=info, manifest=manifest)
+
+    def _add(
+        self, name: str, files: Mapping[str, bytes], *, info: bytes, manifest: bytes
+    ) -> StoredDelta:
+        decoded, about = decode(manifest, info, where=self.root / name)
+        contents = {digest: files[file] for file, digest in decoded.files.items()}
+        contents |= {FileDigest.of(data): data for data in (info, manifest)}
+        check_layout(self.root)
+        with disk_refusal(self.root, f"'{name}' not saved, nothing was stored"):
+            version = self._publish(name, contents, links_of(manifest))
+        self._after(f"{version}: stored and whole")
+        digest = f"sha256:{FileDigest.of(manifest).sha256}"
+        path = self.versions.path(version)
+        return StoredDelta(name, f"v{version.number}", path, about, decoded.files, digest)
+
+    def find(self, reference: str) -> StoredDelta:
+        """The version that `name`, `name@v2`, `name@TAG` or `name@sha256:…` means.
+
+        Reads its manifest and its info only.
+
+        Raises:
+            RegistryError: no such delta or version, or an unreadable one. A damaged newest
                 version is never passed over for an older one.
         """
-        wanted = parse_reference(reference)
-        folder = contained(self.root, wanted.name)
-        known = versions(folder)
-        if not known:
-            raise RegistryError(self._unknown(wanted.name))
-        version = wanted.version or known[-1]
-        if version not in known:
-            raise RegistryError(f"{folder}: no version '{version}'; {suggestion(version, known)}")
-        return _read_stored(contained(folder, version))
+        check_layout(self.root)
+        return self.reader.stored(self.lookup.version(parse_reference(reference)))
 
     def verify(self, stored: StoredDelta) -> None:
         """Read every file of a version and compare it with the manifest.
@@ -131,7 +116,7 @@ class Registry:
         Raises:
             RegistryError: one line for each changed, missing or stray file.
         """
-        self._checked_files(stored, keep=False)
+        self._checked(stored, keep=False)
 
     def read_delta(self, stored: StoredDelta) -> Delta:
         """The delta, its tensors made from the very bytes that were verified.
@@ -139,154 +124,128 @@ class Registry:
         Raises:
             RegistryError: as for `verify`, or a file that is not what its name says.
         """
-        files = self._checked_files(stored, keep=True)
-        return delta_from_files(stored.info.kind, files)
+        return delta_from_files(stored.info.kind, self._checked(stored, keep=True))
 
-    def ls(self) -> list[StoredDelta]:
-        """Every readable version, by name and number; `scan` has the problems too."""
-        return self.scan().deltas
-
-    def scan(self) -> Scan:
-        """Every readable version, and a line for each folder that is none.
-
-        Hidden entries (staging folders are such) and plain files beside the names are passed over.
+    def contents(self, stored: StoredDelta) -> Contents:
+        """The verified bytes of a version, to be sent elsewhere.
 
         Raises:
-            RegistryError: the root itself cannot be listed.
+            RegistryError: as for `verify`.
         """
-        found = Scan([], [])
-        for name in listed(self.root):
-            if name.startswith(".") or os.path.isfile(self.root / name):
-                continue
-            if problem := name_problem(name):
-                found.problems.append(f"{self.root}: folder {name!r}: {problem}")
-                continue
-            try:
-                _scan_name(contained(self.root, name), found)
-            except RegistryError as error:
-                found.problems.extend(error.problems)
-        return found
+        files = self._checked(stored, keep=True)
+        manifest, info = self.reader.documents(stored.digest.removeprefix("sha256:"))
+        return Contents(files, info=info, manifest=manifest)
 
-    def _unknown(self, name: str) -> str:
-        names = [n for n in listed(self.root) if not name_problem(n)]
-        known = [n for n in names if os.path.isdir(self.root / n) and versions(self.root / n)]
-        hint = suggestion(name, known) if known else "the registry is empty"
-        return f"{self.root}: no delta '{name}'; {hint}"
+    def ls(self) -> Listing:
+        """Every version with what a table shows of it, and the problems.
 
-    def _checked_files(self, stored: StoredDelta, *, keep: bool) -> dict[str, bytes]:
-        """The verified bytes by file name; reads each file once."""
-        folder = contained(contained(self.root, stored.name), stored.version)
-        expected = {**stored.files, MANIFEST: stored.manifest}
-        data: dict[str, bytes] = {}
-        problems: list[str] = []
-        for name in sorted({*expected, *listed(folder)}):
-            try:
-                data[name] = checked_file(folder / name, expected.get(name), keep=keep)
-            except RegistryError as error:
-                problems.extend(error.problems)
-        if problems:
-            raise RegistryError(problems)
-        return data
+        Raises:
+            RegistryError: the store cannot be listed.
+        """
+        check_layout(self.root)
+        return self.index.listing()
 
+    def tag(self, reference: str, tag: str, *, move: bool = False) -> StoredDelta:
+        """Let `name@tag` mean a version.
 
-def _scan_name(folder: Path, found: Scan) -> None:
-    """Add the versions below one name to `found`, in place."""
-    for version in versions(folder):
+        Raises:
+            RegistryError: an unknown version, a bad tag, or one that means another version and
+                is not to be moved.
+        """
+        check_tag(tag)
+        stored = self.find(reference)
+        meant = self.tags.of(stored.name).get(tag)
+        version = Version(stored.name, int(stored.version[1:]))
+        if meant not in (None, version) and not move:
+            raise RegistryError(
+                f"{stored.name}@{tag}: means v{meant.number} already; move it with --force, "
+                "or take another tag"
+            )
+        with disk_refusal(self.root, f"'{stored.name}@{tag}' not set"):
+            self.tags.set(version, tag)
+        self._after(f"{stored.name}@{tag}: set")
+        return stored
+
+    def untag(self, name: str, tag: str) -> None:
+        """Take a tag away.
+
+        Raises:
+            RegistryError: no such tag.
+        """
+        known = self.tags.of(name)
+        if tag not in known:
+            raise RegistryError(f"{self.root}: no tag '{name}@{tag}'; {suggestion(tag, known)}")
+        with disk_refusal(self.root, f"'{name}@{tag}' not removed"):
+            self.tags.remove(name, tag)
+        self._after(f"{name}@{tag}: removed")
+
+    def rm(self, reference: str) -> list[str]:
+        """Remove a version and its tags, or every version where only a name is given.
+
+        Its blobs stay until `gc`; its number is never used again. Damaged versions go as well.
+
+        Returns:
+            `name@v1` of each removed version, then its tags.
+
+        Raises:
+            RegistryError: nothing of that name, or a disk that refuses.
+        """
+        check_layout(self.root)
+        wanted = parse_reference(reference)
+        found = self.lookup.version(wanted)
+        chosen = self.lookup.versions_of(wanted.name) if "@" not in reference else [found]
+        tags = [tag for tag, version in self.tags.of(found.name).items() if version in chosen]
+        with disk_refusal(self.root, f"'{reference}' not removed"):
+            for tag in tags:
+                self.tags.remove(found.name, tag)
+            for version in chosen:
+                self.versions.remove(version)
+        self._after(f"{reference}: removed")
+        return [*map(str, chosen), *(f"{found.name}@{tag}" for tag in tags)]
+
+    def gc(self, *, dry_run: bool = False) -> Collected:
+        """Delete blobs that no version needs, and what crashes left behind.
+
+        Raises:
+            RegistryError: the store cannot be listed, or a disk that refuses.
+        """
+        check_layout(self.root)
+        self.index.listing()  # gives versions that only index.json knows their folders
+        with disk_refusal(self.root, "not all was removed"):
+            return collect(self.root, dry_run=dry_run)
+
+    def _checked(self, stored: StoredDelta, *, keep: bool) -> dict[str, bytes]:
+        recorded = self.index.recorded().get(str(stored))
+        return self.reader.checked_files(stored, recorded=recorded, keep=keep)
+
+    def _publish(
+        self, name: str, contents: dict[FileDigest, bytes], links: dict[str, str]
+    ) -> Version:
+        make_folder(self.root)
+        if not (self.root / LAYOUT_FILE).exists():
+            write_file(self.root / LAYOUT_FILE, encode_layout())
+        staging = self.versions.stage(links)
         try:
-            found.deltas.append(_read_stored(contained(folder, version)))
-        except RegistryError as error:
-            found.problems.extend(error.problems)
-    strays = (e for e in listed(folder) if version_number(e) is None and not e.startswith("."))
-    found.problems.extend(f"{folder / e}: not a version such as 'v1'; remove it" for e in strays)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make `folder` and its parents, each entry fsynced."""
-    for path in [*reversed(folder.parents), folder]:
-        if not path.exists():
-            path.mkdir(exist_ok=True)
-            fsync_path(path.parent)
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a file lies in the folder's place")
-
-
-def _publish(folder: Path, files: Mapping[str, bytes], info: DeltaInfo) -> StoredDelta:
-    """Write the next version; when another writer takes its number, write the one after."""
-    digests = {name: FileDigest.of(data) for name, data in files.items()}
-    number = 0
-    for _ in range(MAX_ATTEMPTS):
-        newest = [version_number(version) or 0 for version in versions(folder)[-1:]]
-        number = max(number, *newest, 0) + 1
-        manifest = Manifest(name=folder.name, version=f"v{number}", info=info, files=digests)
-        sealed = encode_manifest(manifest)
-        try:
-            _write_version(folder / manifest.version, {**files, MANIFEST: sealed})
-        except OSError as error:
-            if not _is_taken(error):
-                raise
-        else:
-            return _stored(folder / manifest.version, manifest, sealed)
-    raise RegistryError(
-        f"{folder}: delta not saved, other writers took {MAX_ATTEMPTS} numbers; save it again"
-    )
-
-
-def _write_version(target: Path, files: Mapping[str, bytes]) -> None:
-    try:
-        with staged_folder(target) as staging:
-            for name, data in files.items():
-                (staging / name).write_bytes(data)
-    except OSError as error:
-        if _is_taken(error) or not _holds(target / MANIFEST, files[MANIFEST]):
+            self.blobs.put(contents)
+            version = self.versions.publish(staging, name)
+        except BaseException as error:  # also Ctrl-C: nothing half-written stays
+            if isinstance(error, OSError) and not staging.exists():
+                raise RegistryError(
+                    f"{self.versions.folder}: '{name}' is stored and whole, but a power cut may "
+                    f"still undo it ({error.strerror or error}); check the disk, then verify it"
+                ) from error
+            discard(staging)
             raise
-        raise RegistryError(
-            f"{target}: stored and whole, but a power cut may still undo it "
-            f"({error.strerror or error}); check the disk, then verify it"
-        ) from error
+        # A `gc` that had looked before the links were there may have taken a blob since.
+        self.blobs.put({d: data for d, data in contents.items() if not self.blobs.has(d)})
+        return version
 
-
-def _is_taken(error: OSError) -> bool:
-    return isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        return path.read_bytes() == data
-    except OSError:
-        return False
-
-
-def _read_stored(folder: Path) -> StoredDelta:
-    path = folder / MANIFEST
-    try:
-        data, digest = read_file(path, MAX_MANIFEST_BYTES)
-    except OSError as error:
-        raise RegistryError(f"{path}: unreadable manifest ({error.strerror})") from error
-    if digest.size > MAX_MANIFEST_BYTES:
-        raise RegistryError(
-            f"{path}: manifest of {digest.size} bytes, {MAX_MANIFEST_BYTES} are allowed"
-        )
-    manifest = decode_manifest(data, path)
-    place = f"{folder.parent.name}@{folder.name}"
-    if f"{manifest.name}@{manifest.version}" != place:
-        raise RegistryError(
-            f"{path}: belongs to '{manifest.name}@{manifest.version}', found in '{place}'; "
-            "move it back"
-        )
-    if manifest.files.keys() != DELTA_FILES[manifest.info.kind]:
-        raise RegistryError(
-            f"{path}: lists {sorted(manifest.files)}, a delta of kind '{manifest.info.kind}' "
-            f"has {sorted(DELTA_FILES[manifest.info.kind])}"
-        )
-    return _stored(folder, manifest, data)
-
-
-def _stored(folder: Path, manifest: Manifest, sealed: bytes) -> StoredDelta:
-    return StoredDelta(
-        name=manifest.name,
-        version=manifest.version,
-        path=folder,
-        info=manifest.info,
-        files=manifest.files,
-        manifest=FileDigest.of(sealed),
-    )
+    def _after(self, done: str) -> None:
+        """Bring `index.json` up to date; what was done stays done if that fails."""
+        try:
+            self.index.update()
+        except OSError as error:
+            raise RegistryError(
+                f"{done}, but {self.index.file} is behind ({error.strerror or error}); "
+                f"{disk_hint(error)}, then list the store"
+            ) from error

@@ -1,0 +1,55 @@
+"""From a reference to the version that it means.
+
+Called by the store; imports no tensor library.
+"""
+
+from peftkit.errors import RegistryError, suggestion
+from peftkit.registry.index import Index
+from peftkit.registry.names import Reference
+from peftkit.registry.versions import Version
+
+
+class Lookup:
+    """Finds versions of one store by name, number, tag or digest."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.root, self.versions, self.tags = index.root, index.versions, index.tags
+
+    def version(self, wanted: Reference) -> Version:
+        """The version that a reference means.
+
+        Raises:
+            RegistryError: no such name, version, tag or digest; says what there is.
+        """
+        known = self.versions_of(wanted.name)
+        if not known:
+            names = self.versions.names()
+            hint = suggestion(wanted.name, names) if names else "the registry is empty"
+            raise RegistryError(f"{self.root}: no delta '{wanted.name}'; {hint}")
+        if wanted.digest:
+            return self._by_digest(wanted.digest, known)
+        selector = wanted.version or wanted.tag
+        meant = {f"v{version.number}": version for version in known}
+        if wanted.tag:
+            meant |= self.tags.of(wanted.name)
+        if selector and selector not in meant:
+            raise RegistryError(
+                f"{self.root}: '{wanted.name}' has no version or tag '{selector}'; "
+                f"{suggestion(selector, [*meant, *self.tags.of(wanted.name)])}"
+            )
+        return meant[selector] if selector else known[-1]
+
+    def versions_of(self, name: str) -> list[Version]:
+        """The versions of a name, oldest first."""
+        known = self.versions.of(name)
+        if not known and self.index.file.exists():
+            self.index.listing()  # a store that another tool copied has no folders yet
+            known = self.versions.of(name)
+        return known
+
+    def _by_digest(self, digest: str, known: list[Version]) -> Version:
+        for version in reversed(known):
+            if f"sha256:{self.versions.manifest(version)}" == digest:
+                return version
+        raise RegistryError(f"{self.root}: '{known[0].name}' has no version of digest {digest}")

@@ -1,0 +1,200 @@
+"""The versions of a store: `deltas/<name>@v1`, read-only folders of links to blobs.
+
+Called by the store, its index and `gc`; imports no tensor library.
+A version exists from the rename that publishes its folder until a file of its name lies in
+`removed/`. Both only ever grow, so writers need no lock, no number is used twice, and what one
+writer does is never undone by another.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from peftkit.errors import RegistryError
+from peftkit.registry.names import listed, name_problem, version_number
+from peftkit.staging import STAGING_PREFIX, fsync_path, staging_name
+
+MANIFEST_LINK = "oci-manifest.json"
+"""Link to the OCI manifest; its target says the manifest's digest."""
+INFO_LINK = "manifest.json"
+"""Link to the delta's info."""
+MAX_ATTEMPTS = 1000
+"""Version numbers that other writers may take away from one save."""
+
+_BLOBS = "../../blobs/sha256/"
+_TARGET = re.compile(rf"{re.escape(_BLOBS)}([0-9a-f]{{64}})")
+
+
+class Version(NamedTuple):
+    """A name and its number; sorts by name, then from old to new."""
+
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@v{self.number}"
+
+
+class Versions:
+    """The version folders of one store and the marks of removed ones."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "deltas"
+        self.removed = root / "removed"
+
+    def path(self, version: Version) -> Path:
+        """The folder of a version."""
+        return self.folder / str(version)
+
+    def entries(self) -> set[str]:
+        """What lies among the versions and was not removed; unchecked, since there may be many.
+
+        Raises:
+            RegistryError: the store cannot be listed.
+        """
+        return {e for e in listed(self.folder) if not e.startswith(".")} - self.gone()
+
+    def gone(self) -> set[str]:
+        """`name@vN` of every version that was removed."""
+        return set(listed(self.removed))
+
+    def of(self, name: str) -> list[Version]:
+        """The versions of one name, oldest first.
+
+        Raises:
+            RegistryError: the store cannot be listed.
+        """
+        mine = (e for e in self.entries() if e.startswith(f"{name}@"))
+        return sorted(version for e in mine if (version := parse_version(e)))
+
+    def names(self) -> list[str]:
+        """Every name that has a version, sorted."""
+        return sorted({v.name for e in self.entries() if (v := parse_version(e))})
+
+    def staged(self) -> list[Path]:
+        """Folders of saves that are in work or were cut short."""
+        return [self.folder / e for e in listed(self.folder) if e.startswith(STAGING_PREFIX)]
+
+    def stage(self, links: Mapping[str, str]) -> Path:
+        """A hidden folder of links (name → hex digest), on disk; `gc` spares what they mean.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        make_folder(self.folder)
+        staging = self.folder / staging_name()
+        staging.mkdir()
+        for name, sha256 in links.items():
+            (staging / name).symlink_to(f"{_BLOBS}{sha256}")
+        fsync_path(staging)
+        return staging
+
+    def publish(self, staging: Path, name: str) -> Version:
+        """Make a staged folder the next version of `name`.
+
+        Raises:
+            OSError: the disk refuses.
+            RegistryError: other writers took every number.
+        """
+        number = 0
+        for _ in range(MAX_ATTEMPTS):
+            version = Version(name, max(number, self._newest_used(name)) + 1)
+            if self.place(staging, version):
+                return version
+            number = version.number
+        raise RegistryError(
+            f"{self.folder / name}: delta not saved, other writers took {MAX_ATTEMPTS} numbers; "
+            "save it again"
+        )
+
+    def _newest_used(self, name: str) -> int:
+        entries = {*listed(self.folder), *self.gone()}
+        mine = (parse_version(e) for e in entries if e.startswith(f"{name}@"))
+        return max((version.number for version in mine if version), default=0)
+
+    def place(self, staging: Path, version: Version) -> bool:
+        """Publish under exactly this number; False if it is taken.
+
+        Raises:
+            OSError: the disk refuses. The folder may be there already if this was the last fsync.
+        """
+        try:
+            os.rename(staging, self.path(version))
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                return False
+            raise
+        fsync_path(self.folder)
+        return True
+
+    def links(self, folder: Path) -> dict[str, str | None]:
+        """Entry → hex digest of the blob that it links to; None for anything else.
+
+        Raises:
+            RegistryError: the folder cannot be listed.
+        """
+        return {entry: _target(folder / entry) for entry in listed(folder)}
+
+    def manifest(self, version: Version) -> str:
+        """Hex digest of the OCI manifest of a version.
+
+        Raises:
+            RegistryError: its folder does not say.
+        """
+        link = self.path(version) / MANIFEST_LINK
+        found = None if self.path(version).is_symlink() else _target(link)
+        if found is None:
+            raise RegistryError(
+                f"{link}: expected a link to a blob; remove the folder, "
+                "and the next command that lists the store makes it anew"
+            )
+        return found
+
+    def remove(self, version: Version) -> None:
+        """Take a version away for good; its blobs stay.
+
+        Raises:
+            OSError: the disk refuses; the version is there whole, or gone.
+        """
+        make_folder(self.removed)
+        os.close(os.open(self.removed / str(version), os.O_CREAT | os.O_WRONLY, 0o444))
+        fsync_path(self.removed)
+        self.clear(version)
+
+    def clear(self, version: Version) -> None:
+        """Delete the folder of a removed version."""
+        path, aside = self.path(version), self.folder / staging_name()
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            os.rename(path, aside)
+            shutil.rmtree(aside)
+
+
+def parse_version(entry: str) -> Version | None:
+    """`name@v3` as a version; None if it is none."""
+    name, _, number = entry.partition("@")
+    found = version_number(number)
+    return Version(name, found) if found and not name_problem(name) else None
+
+
+def _target(link: Path) -> str | None:
+    try:
+        match = _TARGET.fullmatch(os.readlink(link))
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents, each entry fsynced."""
+    for path in [*reversed(folder.parents), folder]:
+        if not path.exists():
+            path.mkdir(exist_ok=True)
+            fsync_path(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file lies in the folder's place")
