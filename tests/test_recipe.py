@@ -90,7 +90,7 @@ def test_the_name_is_that_of_the_file_unless_written(folder, file, name):
     assert load(f"name: other\n{TEXT}", name=file).name == "other"
 
 
-@pytest.mark.parametrize("name", ["v1", "latest", "con", "index.json", "a."])
+@pytest.mark.parametrize("name", ["v1", "latest", "con", "a."])
 def test_a_name_that_the_registry_would_refuse_is_refused_before_the_run(folder, name):
     (problem,) = problems(f"name: {name}\n{TEXT}")
     assert re.match(rf'recipes/x\.yaml:\d+: name: "{re.escape(name)}" \(text\): ', problem)

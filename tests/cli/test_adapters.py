@@ -73,17 +73,19 @@ def test_ls_as_json_has_the_numbers(filled, capsys):
     first, second = json.loads(capsys.readouterr().out)
     assert (first["name"], first["version"], second["version"]) == ("toy", "v1", "v2")
     assert first["metrics"] == {"accuracy": 0.5, "f1": None}
-    assert first["bytes"] == (filled.root / "toy" / "v1" / "weights.safetensors").stat().st_size
+    assert first["bytes"] == (filled.root / "deltas/toy@v1/weights.safetensors").stat().st_size
     assert (first["stand_in"], second["stand_in"]) == (False, True)
 
 
 def test_ls_names_what_it_cannot_read_and_exits_1(filled, capsys):
-    manifest = filled.root / "toy" / "v2" / "manifest.json"
-    manifest.write_text("{}")
+    (filled.root / "cache.sqlite").unlink()
+    blob = (filled.root / "deltas/toy@v2/manifest.json").resolve()
+    blob.chmod(0o644)
+    blob.write_text("{}")
     assert main(["adapters", "ls"]) == 1
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
-    assert err.startswith(f"{manifest}: damaged manifest")
+    assert f"{blob.name}: changed, expected sha256:{blob.name}" in err
 
 
 def test_show_says_what_a_delta_is(filled, capsys):

@@ -206,7 +206,9 @@ def test_a_changed_byte_of_the_delta_is_refused(base_of, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(RegistryError, match=r"weights\.safetensors: changed, expected sha256:"):
+    with pytest.raises(
+        RegistryError, match=r"delta@v1 weights\.safetensors: .*: changed, expected sha256:"
+    ):
         load_delta("delta", registry=registry)
 
 
