@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from peftkit.errors import SourceError
+from peftkit.modeling.digest_cache import cached_lines
 
 _CHUNK_BYTES = 1 << 22
 _DAMAGE = (
@@ -62,6 +63,8 @@ _TOKENIZER_FILES = (
 def base_digest(folder: Path) -> str:
     """Digest over the sorted (tensor name, dtype, shape, bytes) of a folder's safetensors.
 
+    A file that was hashed before is not read again, as long as it is the same file.
+
     Returns:
         `sha256:<hex>`, the same for one file or many shards of the same tensors.
 
@@ -70,7 +73,7 @@ def base_digest(folder: Path) -> str:
     """
     lines: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for name, line in _tensor_lines(path):
+        for name, line in cached_lines(path, lambda path: dict(_tensor_lines(path))).items():
             if name in lines:
                 raise SourceError(f"{path}: tensor '{name}' is in another file of the folder too")
             lines[name] = line
