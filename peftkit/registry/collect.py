@@ -14,7 +14,7 @@ from peftkit.registry.names import listed
 from peftkit.registry.versions import Versions, parse_version
 from peftkit.staging import STAGING_PREFIX, discard, is_abandoned
 
-_FOLDERS = (".", "deltas", "tags", "removed", "blobs/sha256")
+_FOLDERS = (".", "staging", "tags", "blobs/sha256")
 """Where a crash can leave a staging entry."""
 
 

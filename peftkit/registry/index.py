@@ -10,33 +10,28 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from peftkit.errors import RegistryError
-from peftkit.registry.layout import INDEX_FILE, decode_index, encode_index, index_line
+from peftkit.registry.cache import cached, keep, state
+from peftkit.registry.layout import (
+    INDEX_END,
+    INDEX_FILE,
+    REFERENCE,
+    decode_index,
+    encode_index,
+    index_line,
+)
 from peftkit.registry.names import name_problem
 from peftkit.registry.tags import Tags
 from peftkit.registry.tensors import FileDigest
 from peftkit.registry.versions import Version, Versions, parse_version
 from peftkit.staging import write_file
 
-CACHE_FILE = "cache.sqlite"
-CACHE_SCHEMA = 1
 MAX_ROUNDS = 1000
-_WAIT_SECONDS = 30.0
 
-_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_TABLES = """
-CREATE TABLE IF NOT EXISTS versions (
-    entry TEXT PRIMARY KEY, name TEXT, number INTEGER, line TEXT, summary TEXT
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-"""
-
-_Result = TypeVar("_Result")
 Read = Callable[[Version], tuple[FileDigest, dict[str, Any]]]
 """Digest of a version's manifest, and the plain values that a listing shows."""
 
@@ -76,6 +71,23 @@ class Index:
         except OSError as error:
             raise RegistryError(f"{self.file}: cannot be read ({error.strerror})") from error
 
+    def recorded_manifest(self, version: Version) -> FileDigest | None:
+        """What `index.json` says of one version; None where it does not know it.
+
+        Raises:
+            RegistryError: it cannot be read.
+        """
+        try:
+            data = self.file.read_bytes()
+        except OSError:
+            return None
+        place = data.find(f'"{REFERENCE}": "{version}"'.encode())
+        line = data[data.rfind(b"\n", 0, place) + 1 : data.find(b"\n", max(place, 0))]
+        try:  # written by peftkit: one entry a line
+            return _manifest_in(line.rstrip(b",").decode())
+        except (KeyError, TypeError, ValueError):
+            return decode_index(data, self.file).get(str(version))
+
     def update(self) -> list[str]:
         """Make `index.json` say what is there, in whatever order other writers do the same.
 
@@ -88,17 +100,18 @@ class Index:
         Raises:
             OSError: the disk refuses.
         """
-        return self._cached(self._update)
+        return cached(self.root, self._update)
 
     def _update(self, cache: sqlite3.Connection) -> list[str]:
         for _ in range(MAX_ROUNDS):
             problems = self._adopt(cache)
             entries, tags = seen = self._seen()
-            problems += self._refresh(cache, entries)
-            self._write(cache, tags)
+            added, bad = self._refresh(cache, entries)
+            if added is None or not self._append(cache, added, tags):
+                self._write(cache, tags)
             if self._seen() == seen:
                 break
-        return problems
+        return problems + bad
 
     def listing(self) -> Listing:
         """Every readable version and the problems of the others; writes only to the cache.
@@ -106,21 +119,22 @@ class Index:
         Raises:
             RegistryError: the store cannot be listed.
         """
-        return self._cached(self._listing)
+        return cached(self.root, self._listing)
 
     def _listing(self, cache: sqlite3.Connection) -> Listing:
         problems = self._adopt(cache)
         entries, tags = self._seen()
-        problems += self._refresh(cache, entries)
+        _, bad = self._refresh(cache, entries)
         found = cache.execute("SELECT summary FROM versions ORDER BY name, number")
-        rows = [json.loads(summary) for (summary,) in found]
+        rows = json.loads(f"[{','.join(summary for (summary,) in found)}]")
         of: dict[str, list[str]] = {}
         for entry, version in tags.items():
             of.setdefault(str(version), []).append(entry.partition("@")[2])
+        folder = str(self.versions.folder)
         for row in rows:
             entry = f"{row['name']}@{row['version']}"
-            row |= {"tags": of.get(entry, []), "path": str(self.versions.folder / entry)}
-        return Listing(rows, problems)
+            row["tags"], row["path"] = of.get(entry, []), f"{folder}/{entry}"
+        return Listing(rows, problems + bad)
 
     def _seen(self) -> tuple[set[str], dict[str, Version]]:
         return self.versions.entries(), self.tags.all()
@@ -130,7 +144,7 @@ class Index:
 
         Such a store was copied by another OCI tool. Returns a line for each that stays without.
         """
-        if _state(cache, "index") == self._identity():
+        if state(cache, "index") == self._identity():
             return []
         recorded, problems = self.recorded(), []
         known = self.versions.entries() | self.versions.gone()
@@ -156,9 +170,18 @@ class Index:
             if meant and not name_problem(tag):
                 self.tags.set(meant, tag)
 
-    def _refresh(self, cache: sqlite3.Connection, entries: set[str]) -> list[str]:
-        """Bring the rows to `entries`; a line for each that cannot be read."""
-        known = {entry for (entry,) in cache.execute("SELECT entry FROM versions")}
+    def _refresh(
+        self, cache: sqlite3.Connection, entries: set[str]
+    ) -> tuple[list[str] | None, list[str]]:
+        """Bring the rows to `entries`.
+
+        Returns:
+            The new entries' lines, None if rows went as well; and a line for each entry that cannot
+            be read.
+        """
+        known = set((state(cache, "entries") or "").split("\n")) - {""}
+        if known == entries:
+            return [], []
         problems: list[str] = []
         rows = []
         for entry in sorted(entries - known):
@@ -166,9 +189,12 @@ class Index:
                 rows.append(self._row(entry))
             except RegistryError as error:
                 problems.extend(error.problems)
+        gone = known - entries
         cache.executemany("INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?)", rows)
-        cache.executemany("DELETE FROM versions WHERE entry = ?", [(e,) for e in known - entries])
-        return problems
+        cache.executemany("DELETE FROM versions WHERE entry = ?", [(entry,) for entry in gone])
+        known = (known | {row[0] for row in rows}) - gone
+        keep(cache, "entries", "\n".join(known))
+        return (None if gone else [row[3] for row in rows]), problems
 
     def _row(self, entry: str) -> tuple[str, str, int, str, str]:
         version = parse_version(entry)
@@ -179,6 +205,25 @@ class Index:
         line = index_line(entry, manifest)
         return entry, version.name, version.number, line, json.dumps(summary)
 
+    def _append(
+        self, cache: sqlite3.Connection, lines: list[str], tags: dict[str, Version]
+    ) -> bool:
+        """Add lines to an `index.json` that is known; False if it has to be written whole.
+
+        Ten thousand lines cost more to gather than to copy.
+        """
+        known = state(cache, "index")
+        if not known or known != self._identity() or state(cache, "tags") != repr(tags):
+            return False
+        data = self.file.read_bytes()
+        if not data.endswith(INDEX_END) or data.endswith(b"[\n" + INDEX_END):
+            return False
+        if lines:
+            added = "".join(f",\n{line}" for line in lines).encode()
+            write_file(self.file, data.removesuffix(INDEX_END) + added + INDEX_END)
+            keep(cache, "index", self._identity())
+        return True
+
     def _write(self, cache: sqlite3.Connection, tags: dict[str, Version]) -> None:
         found = cache.execute("SELECT entry, line FROM versions ORDER BY name, number")
         lines = dict(found.fetchall())
@@ -188,7 +233,8 @@ class Index:
             if str(version) in lines
         ]
         write_file(self.file, encode_index([*lines.values(), *tagged]))
-        cache.execute("INSERT OR REPLACE INTO state VALUES ('index', ?)", [self._identity()])
+        keep(cache, "index", self._identity())
+        keep(cache, "tags", repr(tags))
 
     def _identity(self) -> str:
         """Says whether `index.json` is still the file that was last read or written."""
@@ -197,49 +243,6 @@ class Index:
         except OSError:
             return ""
         return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
-
-    def _cached(self, action: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """Run `action` over the cache; over one in memory where the file cannot be used.
-
-        A damaged file is deleted, so that the next caller makes it anew.
-        """
-        path = self.root / CACHE_FILE
-        if os.access(self.root, os.W_OK):
-            try:
-                with closing(sqlite3.connect(path, timeout=_WAIT_SECONDS)) as cache, cache:
-                    cache.execute("PRAGMA synchronous = OFF")
-                    _prepare(cache)
-                    return action(cache)
-            except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) in _DAMAGED:
-                    path.unlink(missing_ok=True)
-        with closing(_in_memory(path)) as cache:
-            return action(cache)
-
-
-def _in_memory(path: Path) -> sqlite3.Connection:
-    cache = sqlite3.connect(":memory:")
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as stored:
-            stored.backup(cache)
-        _prepare(cache)
-    except sqlite3.Error:
-        cache = sqlite3.connect(":memory:")
-        _prepare(cache)
-    return cache
-
-
-def _prepare(cache: sqlite3.Connection) -> None:
-    (schema,) = cache.execute("PRAGMA user_version").fetchone()
-    if schema not in (0, CACHE_SCHEMA):
-        raise sqlite3.DatabaseError("another schema")
-    cache.executescript(_TABLES)
-    cache.execute(f"PRAGMA user_version = {CACHE_SCHEMA}")
-
-
-def _state(cache: sqlite3.Connection, key: str) -> str | None:
-    found = cache.execute("SELECT value FROM state WHERE key = ?", [key]).fetchone()
-    return found[0] if found else None
 
 
 def _manifest_in(line: str) -> FileDigest:

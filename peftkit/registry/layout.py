@@ -24,6 +24,7 @@ TITLE = "org.opencontainers.image.title"
 REFERENCE = "org.opencontainers.image.ref.name"
 LAYOUT_FILE = "oci-layout"
 INDEX_FILE = "index.json"
+INDEX_END = b"\n]}\n"
 STORE_KEY = "vnd.peftkit.store"
 STORE_SCHEMA = 1
 MAX_DOCUMENT_BYTES = 4 << 20
@@ -122,7 +123,7 @@ def index_line(reference: str, manifest: FileDigest) -> str:
 def encode_index(lines: list[str]) -> bytes:
     """`index.json` with one entry a line."""
     head = f'{{"schemaVersion": 2, "mediaType": "{INDEX_TYPE}", "manifests": [\n'
-    return (head + ",\n".join(lines) + "\n]}\n").encode()
+    return (head + ",\n".join(lines)).encode() + INDEX_END
 
 
 def decode_index(data: bytes, where: Path | str) -> dict[str, FileDigest]:

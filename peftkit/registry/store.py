@@ -3,6 +3,7 @@
     oci-layout  index.json  blobs/sha256/<hex>     what any OCI tool reads
     deltas/<name>@v1/                              read-only links to the blobs of a version
     tags/  removed/                                small files
+    staging/                                       saves in work
     cache.sqlite                                   may be deleted at any time
 
 Called by the experiment, by loading and by the CLI; imports no tensor library.
@@ -215,7 +216,8 @@ class Registry:
             return collect(self.root, dry_run=dry_run)
 
     def _checked(self, stored: StoredDelta, *, keep: bool) -> dict[str, bytes]:
-        recorded = self.index.recorded().get(str(stored))
+        version = Version(stored.name, int(stored.version[1:]))
+        recorded = self.index.recorded_manifest(version)
         return self.reader.checked_files(stored, recorded=recorded, keep=keep)
 
     def _publish(

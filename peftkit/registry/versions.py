@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from peftkit.errors import RegistryError
 from peftkit.registry.names import listed, name_problem, version_number
-from peftkit.staging import STAGING_PREFIX, fsync_path, staging_name
+from peftkit.staging import fsync_path, staging_name
 
 MANIFEST_LINK = "oci-manifest.json"
 """Link to the OCI manifest; its target says the manifest's digest."""
@@ -45,6 +45,7 @@ class Versions:
     def __init__(self, root: Path) -> None:
         self.folder = root / "deltas"
         self.removed = root / "removed"
+        self.staging = root / "staging"
 
     def path(self, version: Version) -> Path:
         """The folder of a version."""
@@ -56,11 +57,11 @@ class Versions:
         Raises:
             RegistryError: the store cannot be listed.
         """
-        return {e for e in listed(self.folder) if not e.startswith(".")} - self.gone()
+        return set(_entries(self.folder)) - self.gone()
 
     def gone(self) -> set[str]:
         """`name@vN` of every version that was removed."""
-        return set(listed(self.removed))
+        return set(_entries(self.removed))
 
     def of(self, name: str) -> list[Version]:
         """The versions of one name, oldest first.
@@ -77,7 +78,7 @@ class Versions:
 
     def staged(self) -> list[Path]:
         """Folders of saves that are in work or were cut short."""
-        return [self.folder / e for e in listed(self.folder) if e.startswith(STAGING_PREFIX)]
+        return [self.staging / entry for entry in listed(self.staging)]
 
     def stage(self, links: Mapping[str, str]) -> Path:
         """A hidden folder of links (name → hex digest), on disk; `gc` spares what they mean.
@@ -86,7 +87,8 @@ class Versions:
             OSError: the disk refuses.
         """
         make_folder(self.folder)
-        staging = self.folder / staging_name()
+        make_folder(self.staging)
+        staging = self.staging / staging_name()
         staging.mkdir()
         for name, sha256 in links.items():
             (staging / name).symlink_to(f"{_BLOBS}{sha256}")
@@ -112,8 +114,9 @@ class Versions:
         )
 
     def _newest_used(self, name: str) -> int:
-        entries = {*listed(self.folder), *self.gone()}
-        mine = (parse_version(e) for e in entries if e.startswith(f"{name}@"))
+        entries = [*_entries(self.folder), *_entries(self.removed)]
+        prefix = f"{name}@"
+        mine = [parse_version(e) for e in entries if e.startswith(prefix)]
         return max((version.number for version in mine if version), default=0)
 
     def place(self, staging: Path, version: Version) -> bool:
@@ -167,12 +170,27 @@ class Versions:
 
     def clear(self, version: Version) -> None:
         """Delete the folder of a removed version."""
-        path, aside = self.path(version), self.folder / staging_name()
+        path, aside = self.path(version), self.staging / staging_name()
         if path.is_symlink():
             path.unlink()
         elif path.exists():
+            make_folder(self.staging)
             os.rename(path, aside)
             shutil.rmtree(aside)
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names in a folder that may hold many, in no order; none if it does not exist.
+
+    Raises:
+        RegistryError: the folder cannot be listed.
+    """
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RegistryError(f"{folder}: cannot be listed ({error.strerror})") from error
 
 
 def parse_version(entry: str) -> Version | None:
