@@ -118,7 +118,8 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         delta = method.delta(accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
         info = facts.delta_info(delta, spec, options)
         try:
-            facts.stored = Registry(default_root()).save(recipe.name, delta, info)
+            registry = Registry(default_root())
+            facts.stored = registry.save(recipe.name, delta, info, base=base.path)
         except RegistryError as error:
             kept = "the run's checkpoint is kept: once that is mended, --resume stores the delta"
             raise RegistryError([*error.problems, kept]) from error

@@ -90,7 +90,9 @@ def show_adapter(name: Name, *, as_json: JsonFlag = False) -> None:
     stored, tags = _found(name)
     if as_json:
         info = stored.info.model_dump(mode="json")
-        print_json({**summary_of(stored), "path": str(stored.path), "tags": tags, "info": info})
+        files = {name: str(file) for name, file in stored.files.items()}
+        shown = {**summary_of(stored), "path": str(stored.path), "tags": tags}
+        print_json({**shown, "files": files, "info": info})
     else:
         print_pairs(_description(stored, tags))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peftkit.errors import RegistryError
+from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import (
     INDEX_FILE,
     LAYOUT_FILE,
@@ -24,7 +25,6 @@ from peftkit.registry.layout import (
 from peftkit.registry.names import parse_reference
 from peftkit.registry.reading import StoredDelta
 from peftkit.registry.store import Registry
-from peftkit.registry.tensors import FileDigest
 from peftkit.staging import fsync_path, staging_name
 
 MAX_MEMBERS = 10_000

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peftkit.errors import RegistryError
-from peftkit.registry.tensors import FileDigest, checked_file, read_file
+from peftkit.registry.digests import FileDigest, checked_file, read_file
 from peftkit.staging import fsync_path, staging_name
 
 SET_ASIDE = ".gc-"

@@ -16,6 +16,7 @@ from typing import Any
 
 from peftkit.errors import RegistryError
 from peftkit.registry.cache import cached, keep, state
+from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import (
     INDEX_END,
     INDEX_FILE,
@@ -26,7 +27,6 @@ from peftkit.registry.layout import (
 )
 from peftkit.registry.names import name_problem
 from peftkit.registry.tags import Tags
-from peftkit.registry.tensors import FileDigest
 from peftkit.registry.versions import Version, Versions, parse_version
 from peftkit.staging import write_file
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from peftkit.errors import RegistryError
-from peftkit.registry.tensors import DELTA_FILES, FileDigest
+from peftkit.registry.digests import FileDigest
+from peftkit.registry.tensors import DELTA_FILES
 from peftkit.schema import Section
 
 ARTIFACT_TYPE = "application/vnd.peftkit.delta.v1+json"

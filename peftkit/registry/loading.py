@@ -5,7 +5,6 @@ on: its digest and its tokenizer's are checked before anything is put on it.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftkit import plugins
 from peftkit.contracts import Delta, LoadOptions, Task
-from peftkit.errors import RegistryError
-from peftkit.modeling.base import BaseConfig, resolve_base
-from peftkit.modeling.config import differences
 from peftkit.modeling.deltas import apply_delta
-from peftkit.modeling.identity import base_digest, tokenizer_digest
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import freeze, set_precision
+from peftkit.registry.base import base_of
 from peftkit.registry.root import default_root
 from peftkit.registry.store import Registry, StoredDelta
 
@@ -44,10 +40,8 @@ def load_delta(reference: str, *, registry: Registry | None = None) -> LoadedDel
     """
     registry = registry or Registry(default_root())
     stored = registry.find(reference)
-    delta = registry.read_delta(stored)
-    info = stored.info
-    base = resolve_base(BaseConfig.model_validate(info.recipe["base"]))
-    _refuse_other_base(stored, base.path)
+    base, info = base_of(stored), stored.info
+    delta = registry.read_delta(stored, base=base)
     spec = ModelSpec(
         info.model["auto_class"],
         _config_overrides(info.model["config"]),
@@ -59,32 +53,12 @@ def load_delta(reference: str, *, registry: Registry | None = None) -> LoadedDel
         frozen=info.model["frozen"],
         keeps_float32=info.model.get("keeps_float32", False),
     )
-    model = apply_delta(load_model(base.path, spec, options), delta)
+    model = apply_delta(load_model(base, spec, options), delta)
     _restore_precision(model, held_dtype(spec, options), delta)
     task_class = plugins.load("tasks", info.task["type"])
     task = task_class(task_class.Config.model_validate(info.task))
-    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     return LoadedDelta(model.eval(), task, tokenizer, stored)
-
-
-def _refuse_other_base(stored: StoredDelta, folder: Path) -> None:
-    info = stored.info
-    found = {"weights": base_digest(folder), "tokenizer": tokenizer_digest(folder)}
-    expected = {"weights": info.base_digest, "tokenizer": info.tokenizer_digest}
-    problems = [
-        f"{stored.name}@{stored.version}: trained on {info.base_name} with {what} "
-        f"{expected[what]}, but {folder} has {found[what]}"
-        for what in expected
-        if expected[what] != found[what]
-    ]
-    if info.base_config is not None:
-        problems += [
-            f"{stored.name}@{stored.version}: {folder} has another config than {info.base_name} "
-            f"had: {difference}"
-            for difference in differences(folder, info.base_config)
-        ]
-    if problems:
-        raise RegistryError(problems)
 
 
 def _config_overrides(stored: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from peftkit.errors import RegistryError
 from peftkit.registry.blobs import Blobs
+from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import MAX_DOCUMENT_BYTES, VersionManifest, decode_manifest
 from peftkit.registry.manifest import DeltaInfo, decode_info
 from peftkit.registry.summary import summary_of
-from peftkit.registry.tensors import DELTA_FILES, FileDigest
+from peftkit.registry.tensors import DELTA_FILES
 from peftkit.registry.versions import INFO_LINK, MANIFEST_LINK, Version, Versions
 from peftkit.staging import discard
 

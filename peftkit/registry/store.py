@@ -13,11 +13,14 @@ a version.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError, suggestion
+from peftkit.registry.base import base_of
 from peftkit.registry.blobs import Blobs
 from peftkit.registry.collect import Collected, collect
+from peftkit.registry.digests import FileDigest
 from peftkit.registry.index import Index, Listing
 from peftkit.registry.layout import LAYOUT_FILE, check_layout, encode_layout, encode_manifest
 from peftkit.registry.lookup import Lookup
@@ -26,9 +29,12 @@ from peftkit.registry.names import check_name, check_tag, parse_reference
 from peftkit.registry.reading import Contents, Reader, StoredDelta, decode, links_of
 from peftkit.registry.root import disk_hint, disk_refusal
 from peftkit.registry.tags import Tags
-from peftkit.registry.tensors import FileDigest, delta_from_files, delta_to_files
+from peftkit.registry.tensors import check_files, delta_from_files, delta_to_files, needs_base
 from peftkit.registry.versions import Version, Versions, make_folder
 from peftkit.staging import discard, write_file
+
+if TYPE_CHECKING:
+    from peftkit.registry.bit_delta import BaseTensors
 
 __all__ = ["DeltaInfo", "Registry", "RunSummary", "StoredDelta"]
 
@@ -46,12 +52,11 @@ class Registry:
         self.lookup = Lookup(self.index)
 
     def save(
-        self,
-        name: str,
-        delta: Delta,
-        info: DeltaInfo,
+        self, name: str, delta: Delta, info: DeltaInfo, *, base: Path | None = None
     ) -> StoredDelta:
         """Store `delta` as the next version of `name`, wholly or not at all.
+
+        With the folder of its base, a delta of kind `weights` is kept as its difference to it.
 
         Raises:
             RegistryError: a bad name, an empty or non-finite delta, or a disk that refuses.
@@ -59,7 +64,7 @@ class Registry:
         check_name(name)
         if info.kind != delta.kind:
             raise RegistryError(f"{name}: info says kind '{info.kind}', delta is '{delta.kind}'")
-        files, about = delta_to_files(delta), encode_info(info)
+        files, about = delta_to_files(delta, base=_tensors_of(base)), encode_info(info)
         digests = {file: FileDigest.of(data) for file, data in files.items()}
         manifest = encode_manifest(FileDigest.of(about), digests)
         return self._add(name, files, info=about, manifest=manifest)
@@ -76,7 +81,7 @@ class Registry:
         """
         check_name(name)
         about = decode(manifest, info, where=self.root / name)[1]
-        delta_from_files(about.kind, files)
+        check_files(about.kind, files)
         sha256 = FileDigest.of(manifest).sha256
         for version in self.versions.of(name):
             if self.versions.manifest(version) == sha256:
@@ -119,13 +124,20 @@ class Registry:
         """
         self._checked(stored, keep=False)
 
-    def read_delta(self, stored: StoredDelta) -> Delta:
+    def read_delta(self, stored: StoredDelta, *, base: Path | None = None) -> Delta:
         """The delta, its tensors made from the very bytes that were verified.
 
+        A delta that is kept as a difference needs the folder of its base; without one the base is
+        looked for where the run found it.
+
         Raises:
-            RegistryError: as for `verify`, or a file that is not what its name says.
+            RegistryError: as for `verify`, another base, or a file that is not what its name says.
+            SourceError: the base cannot be found.
         """
-        return delta_from_files(stored.info.kind, self._checked(stored, keep=True))
+        files, kind = self._checked(stored, keep=True), stored.info.kind
+        if needs_base(kind, files) and base is None:
+            base = base_of(stored)
+        return delta_from_files(kind, files, base=_tensors_of(base))
 
     def contents(self, stored: StoredDelta) -> Contents:
         """The verified bytes of a version, to be sent elsewhere.
@@ -251,3 +263,11 @@ class Registry:
                 f"{done}, but {self.index.file} is behind ({error.strerror or error}); "
                 f"{disk_hint(error)}, then list the store"
             ) from error
+
+
+def _tensors_of(base: Path | None) -> "BaseTensors | None":
+    if base is None:
+        return None
+    from peftkit.modeling.base_tensors import base_tensors
+
+    return base_tensors(base)

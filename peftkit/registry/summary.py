@@ -24,7 +24,6 @@ def summary_of(stored: "StoredDelta") -> dict[str, Any]:
         "stand_in": info.stand_in,
         "bytes": sum(file.size for file in stored.files.values()),
         "created": info.created,
-        "files": {name: file.sha256 for name, file in stored.files.items()},
     }
 
 

@@ -1,28 +1,22 @@
-"""A delta as files and back: digests of the bytes, safetensors with bounded, checked headers.
+"""A delta as files and back: safetensors with bounded, checked headers.
 
 Called by the store; imports torch only when tensors are made or written.
 The file names are PEFT's own for adapters, so that `peft.PeftModel.from_pretrained` opens the
 stored folder as it is.
 """
 
-import errno
-import hashlib
 import json
-import os
-import stat
 import struct
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError
-from peftkit.schema import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from peftkit.registry.bit_delta import BaseTensors
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 20_000
@@ -35,82 +29,18 @@ DELTA_FILES = {
 }
 """Kind of the delta → exactly the files that carry it."""
 
+BIT_DELTA = "peftkit.bit-delta"
+"""Key of the metadata of tensors that are kept as differences to the base's; the only one, since
+safetensors writes several in any order."""
+
 _METADATA_KEY = "__metadata__"
 _NAMED_PROBLEMS = 20
-_CHUNK_BYTES = 1 << 20
-_RESTORE = "restore this version from a copy or save the delta again"
 
 
-class FileDigest(Section):
-    """Size in bytes and hex SHA-256 of one file."""
-
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    def __str__(self) -> str:
-        return f"sha256:{self.sha256} ({self.size} bytes)"
-
-    @classmethod
-    def of(cls, data: bytes) -> "FileDigest":
-        """Digest of bytes in memory."""
-        return cls(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def checked_file(path: Path, expected: FileDigest | None, *, keep: bool = True) -> bytes:
-    """The bytes of a file that is as `expected`, read once; empty bytes unless `keep`.
-
-    Raises:
-        RegistryError: another content than `expected`, which is None for a file that should not
-            be there; or no regular file.
-    """
-    limit = expected.size if keep and expected else 0
-    try:
-        data, found = read_file(path, limit)
-    except FileNotFoundError as error:
-        raise RegistryError(f"{path}: missing, expected {expected}; {_RESTORE}") from error
-    except OSError as error:
-        wanted = f"expected {expected or 'no such file'}, found"
-        raise RegistryError(f"{path}: {wanted} {_reason(error)}; {_RESTORE}") from error
-    if expected is None:
-        raise RegistryError(f"{path}: stray, expected no such file, found {found}; remove it")
-    if found != expected:
-        raise RegistryError(f"{path}: changed, expected {expected}, found {found}; {_RESTORE}")
-    return data
-
-
-def read_file(path: Path, limit: int) -> tuple[bytes, FileDigest]:
-    """At most the first `limit` bytes of a regular file, and the digest of all of it.
-
-    Raises:
-        OSError: it cannot be read, is a symbolic link (ELOOP), or no file.
-    """
-    with _opened(path) as stream:
-        # Bounded by the true size: a hostile limit would be allocated before it is read.
-        data = stream.read(min(limit, os.fstat(stream.fileno()).st_size))
-        size, digest = len(data), hashlib.sha256(data)
-        while chunk := stream.read(_CHUNK_BYTES):
-            size += len(chunk)
-            digest.update(chunk)
-    return data, FileDigest(size=size, sha256=digest.hexdigest())
-
-
-def _opened(path: Path) -> BinaryIO:
-    # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ELOOP:
-        return "a symbolic link"
-    return error.strerror or str(error)
-
-
-def delta_to_files(delta: Delta) -> dict[str, bytes]:
+def delta_to_files(delta: Delta, *, base: "BaseTensors | None" = None) -> dict[str, bytes]:
     """The bytes of each file of `delta`, by file name; nothing is written.
+
+    With `base`, tensors of kind `weights` are kept as differences to the base's.
 
     Raises:
         RegistryError: no tensors, NaN or Inf in a tensor, or content that the files cannot hold;
@@ -120,7 +50,12 @@ def delta_to_files(delta: Delta) -> dict[str, bytes]:
     if problems:
         raise RegistryError(problems)
     tensor_file = TENSOR_FILES[delta.kind]
-    files = {tensor_file: _serialised(delta.tensors)}
+    if delta.kind == "weights" and base is not None:
+        from peftkit.registry import bit_delta
+
+        files = {tensor_file: _serialised(*bit_delta.encode(delta.tensors, base))}
+    else:
+        files = {tensor_file: _serialised(delta.tensors, {"format": "pt"})}
     # A file that could not be read again must not be written.
     check_header(files[tensor_file], tensor_file)
     if delta.adapter_config is not None:
@@ -128,28 +63,86 @@ def delta_to_files(delta: Delta) -> dict[str, bytes]:
     return files
 
 
-def delta_from_files(kind: Literal["adapter", "weights"], files: Mapping[str, bytes]) -> Delta:
+def delta_from_files(
+    kind: Literal["adapter", "weights"],
+    files: Mapping[str, bytes],
+    *,
+    base: "BaseTensors | None" = None,
+) -> Delta:
     """The delta in `files`, whose bytes the caller has verified; the inverse of `delta_to_files`.
 
     Raises:
-        RegistryError: a file that cannot be read as what its name says.
+        RegistryError: a file that cannot be read as what its name says, or one that needs its base
+            and gets none.
     """
+    tensors, metadata = _deserialised(kind, files)
+    if BIT_DELTA in metadata:
+        from peftkit.registry import bit_delta
+
+        if base is None:
+            raise RegistryError(f"{kind} delta: is kept as a difference and needs its base")
+        tensors = bit_delta.decode(tensors, metadata, base)
+    return Delta(kind=kind, tensors=tensors, adapter_config=_config_in(kind, files))
+
+
+def check_files(kind: Literal["adapter", "weights"], files: Mapping[str, bytes]) -> None:
+    """Whether files from elsewhere can be read as a delta, as far as that shows without the base.
+
+    Raises:
+        RegistryError: a file that cannot be read as what its name says, or NaN or Inf.
+    """
+    tensors, metadata = _deserialised(kind, files)
+    _config_in(kind, files)
+    if BIT_DELTA in metadata:
+        from peftkit.registry import bit_delta
+
+        bit_delta.read_entries(metadata, {name: t.numel() for name, t in tensors.items()})
+    elif problems := _tensor_problems(tensors):
+        raise RegistryError(problems)
+
+
+def needs_base(kind: Literal["adapter", "weights"], files: Mapping[str, bytes]) -> bool:
+    """Whether the delta in `files` can only be read beside its base."""
+    data = files[TENSOR_FILES[kind]]
+    return kind == "weights" and BIT_DELTA in check_header(data, kind)
+
+
+def _deserialised(
+    kind: Literal["adapter", "weights"], files: Mapping[str, bytes]
+) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """The tensors of a file and its metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     tensor_file = TENSOR_FILES[kind]
     data = files[tensor_file]
-    check_header(data, tensor_file)
+    metadata = check_header(data, tensor_file)
     try:
         tensors = load(data)
-        config = json.loads(files[ADAPTER_CONFIG]) if kind == "adapter" else None
     except (SafetensorError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as e:
         raise RegistryError(f"{kind} delta: cannot be read ({_one_line(e)})") from e
-    return Delta(kind=kind, tensors=tensors, adapter_config=config)
+    if kind == "weights" and metadata.keys() not in ({"format"}, {BIT_DELTA}):
+        raise RegistryError(
+            f"{tensor_file}: expected metadata 'format' or '{BIT_DELTA}', "
+            f"found {sorted(metadata)[:5]}"
+        )
+    return tensors, metadata
 
 
-def check_header(data: bytes, where: str) -> None:
+def _config_in(
+    kind: Literal["adapter", "weights"], files: Mapping[str, bytes]
+) -> dict[str, Any] | None:
+    try:
+        return json.loads(files[ADAPTER_CONFIG]) if kind == "adapter" else None
+    except (LookupError, RecursionError, ValueError) as error:
+        raise RegistryError(f"{kind} delta: cannot be read ({_one_line(error)})") from error
+
+
+def check_header(data: bytes, where: str) -> dict[str, str]:
     """Refuse a safetensors header that is too large to parse safely or says a thing twice.
+
+    Returns:
+        Its metadata.
 
     Offsets, dtypes and shapes are left to safetensors, which checks them.
 
@@ -175,6 +168,8 @@ def check_header(data: bytes, where: str) -> None:
         raise RegistryError(f"{where}: unreadable header ({_one_line(error)})") from error
     if not isinstance(entries, dict) or len(entries.keys() - {_METADATA_KEY}) > MAX_TENSORS:
         raise RegistryError(f"{where}: expected a header of at most {MAX_TENSORS} named tensors")
+    metadata = entries.get(_METADATA_KEY, {})
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -217,12 +212,12 @@ def _is_finite(tensor: "Tensor") -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _serialised(tensors: "Mapping[str, Tensor]") -> bytes:
+def _serialised(tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> bytes:
     from safetensors import SafetensorError
     from safetensors.torch import save
 
     try:
-        return bytes(save(_unshared(tensors), metadata={"format": "pt"}))
+        return bytes(save(_unshared(tensors), metadata=metadata))
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RegistryError(f"delta: cannot be written ({_one_line(error)})") from error
 

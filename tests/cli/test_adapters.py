@@ -114,7 +114,9 @@ def test_show_as_json_has_the_whole_info(filled, capsys):
     assert main(["adapters", "show", "toy@v1", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["info"] == filled.find("toy@v1").info.model_dump(mode="json")
-    assert shown["files"].keys() == {"weights.safetensors"}
+    assert shown["files"] == {
+        "weights.safetensors": str(filled.find("toy").files["weights.safetensors"])
+    }
 
 
 def test_an_unknown_name_is_one_line(filled, capsys):

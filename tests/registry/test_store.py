@@ -15,8 +15,8 @@ from peftkit.contracts import Delta
 from peftkit.errors import RegistryError
 from peftkit.registry import DeltaInfo, Registry, RunSummary, default_root
 from peftkit.registry import versions as versions_module
+from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import decode_index
-from peftkit.registry.tensors import FileDigest
 
 RESTORE = "restore this version from a copy or save the delta again"
 DIGEST = "sha256:" + "0" * 64

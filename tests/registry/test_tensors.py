@@ -11,15 +11,8 @@ import torch
 
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError
-from peftkit.registry.tensors import (
-    MAX_TENSORS,
-    FileDigest,
-    check_header,
-    checked_file,
-    delta_from_files,
-    delta_to_files,
-    read_file,
-)
+from peftkit.registry.digests import FileDigest, checked_file, read_file
+from peftkit.registry.tensors import MAX_TENSORS, check_header, delta_from_files, delta_to_files
 
 RESTORE = "restore this version from a copy or save the delta again"
 
