@@ -5,22 +5,23 @@ on: its digest and its tokenizer's are checked before anything is put on it.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftkit import plugins
-from peftkit.contracts import Delta, LoadOptions, Task
+from peftkit.contracts import Task
 from peftkit.errors import RegistryError
 from peftkit.modeling.base import BaseConfig, resolve_base
-from peftkit.modeling.config import differences
 from peftkit.modeling.deltas import apply_delta
-from peftkit.modeling.identity import base_digest, tokenizer_digest
-from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
-from peftkit.modeling.parameters import freeze, set_precision
+from peftkit.modeling.loading import load_model
+from peftkit.registry.fitting import (
+    BaseIdentity,
+    held_by,
+    load_options,
+    model_spec,
+    restore_precision,
+)
 from peftkit.registry.root import default_root
 from peftkit.registry.store import Registry, StoredDelta
 
@@ -47,58 +48,11 @@ def load_delta(reference: str, *, registry: Registry | None = None) -> LoadedDel
     delta = registry.read_delta(stored)
     info = stored.info
     base = resolve_base(BaseConfig.model_validate(info.recipe["base"]))
-    _refuse_other_base(stored, base.path)
-    spec = ModelSpec(
-        info.model["auto_class"],
-        _config_overrides(info.model["config"]),
-        info.model["dropout"],
-        info.model["mixed_precision"],
-    )
-    options = LoadOptions(
-        quantisation=info.quantisation,
-        frozen=info.model["frozen"],
-        keeps_float32=info.model.get("keeps_float32", False),
-    )
-    model = apply_delta(load_model(base.path, spec, options), delta)
-    _restore_precision(model, held_dtype(spec, options), delta)
+    if problems := BaseIdentity.of(base.path).problems(stored):
+        raise RegistryError(problems)
+    model = apply_delta(load_model(base.path, model_spec(info), load_options(info)), delta)
+    restore_precision(model, held_by(info).dtype, delta)
     task_class = plugins.load("tasks", info.task["type"])
     task = task_class(task_class.Config.model_validate(info.task))
     tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     return LoadedDelta(model.eval(), task, tokenizer, stored)
-
-
-def _refuse_other_base(stored: StoredDelta, folder: Path) -> None:
-    info = stored.info
-    found = {"weights": base_digest(folder), "tokenizer": tokenizer_digest(folder)}
-    expected = {"weights": info.base_digest, "tokenizer": info.tokenizer_digest}
-    problems = [
-        f"{stored.name}@{stored.version}: trained on {info.base_name} with {what} "
-        f"{expected[what]}, but {folder} has {found[what]}"
-        for what in expected
-        if expected[what] != found[what]
-    ]
-    if info.base_config is not None:
-        problems += [
-            f"{stored.name}@{stored.version}: {folder} has another config than {info.base_name} "
-            f"had: {difference}"
-            for difference in differences(folder, info.base_config)
-        ]
-    if problems:
-        raise RegistryError(problems)
-
-
-def _config_overrides(stored: dict[str, Any]) -> dict[str, Any]:
-    """JSON made the keys of `id2label` text."""
-    overrides = dict(stored)
-    if "id2label" in overrides:
-        overrides["id2label"] = {int(key): name for key, name in overrides["id2label"].items()}
-    return overrides
-
-
-def _restore_precision(model: nn.Module, held: torch.dtype, delta: Delta) -> None:
-    """Hold what was frozen in training as it was held then; freeze everything."""
-    if delta.kind == "weights":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = name in delta.tensors
-    set_precision(model, held)
-    freeze(model)
