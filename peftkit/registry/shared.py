@@ -10,19 +10,18 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError, suggestion
 from peftkit.modeling.base import BaseConfig, resolve_base
-from peftkit.modeling.loading import HELD_DTYPES
-from peftkit.modeling.parameters import freeze, new_modules
 from peftkit.modeling.sharing import Held, LiveBase
 from peftkit.registry.fitting import BaseIdentity, held_by, model_spec
+from peftkit.registry.forward import device_of, plain_model, run
 from peftkit.registry.root import default_root
 from peftkit.registry.store import Registry, StoredDelta
 from peftkit.registry.structures import Structure, structure_key
@@ -37,6 +36,11 @@ class Attached:
     stored: StoredDelta
     structure: Structure
     tensors: list[Tensor]
+
+    @property
+    def precision(self) -> str:
+        """Accelerate's word for the mixed precision that it was trained in."""
+        return str(self.stored.info.model["mixed_precision"])
 
 
 class SharedBase:
@@ -68,7 +72,7 @@ class SharedBase:
         self.registry = registry or Registry(default_root())
         self.identity = BaseIdentity.of(folder)
         self._base = LiveBase(folder, held or Held())
-        self._plain = _plain_model(self._base, auto_class)
+        self._plain = plain_model(self._base, auto_class)
         self._attached: dict[str, Attached] = {}
         self._structures: dict[str, Structure] = {}
         self._lock = threading.RLock()
@@ -106,8 +110,12 @@ class SharedBase:
         name = f"{stored.name}@{stored.version}"
         if name not in self._attached:
             delta = self._verified(stored)
-            with self._lock:
-                self._attached.setdefault(name, self._fitted(stored, delta))
+            try:
+                with self._lock:
+                    self._attached.setdefault(name, self._fitted(stored, delta))
+            except RegistryError as error:
+                lines = [f"{name}: {line.removeprefix('delta: ')}" for line in error.problems]
+                raise RegistryError(lines) from error
         return name
 
     def _verified(self, stored: StoredDelta) -> Delta:
@@ -204,33 +212,49 @@ class SharedBase:
     def _mixed(
         self, inputs: dict[str, Tensor], deltas: Sequence[str | None]
     ) -> Tensor | list[Tensor]:
-        """Rows of one delta together, the answers back in the batch's order."""
+        """Rows that can go through one model together, the answers back in the batch's order."""
         found: dict[int, Tensor] = {}
         with self._lock:
             names = [None if delta is None else self._resolved(delta) for delta in deltas]
-            for name in dict.fromkeys(names):
-                rows = [row for row, other in enumerate(names) if other == name]
+            groups = [self._group(name) for name in names]
+            for group in dict.fromkeys(groups):
+                rows = [row for row, other in enumerate(groups) if other == group]
                 part = {key: tensor[rows] for key, tensor in inputs.items()}
-                found |= dict(zip(rows, self._answer(name, part), strict=True))
-        answers = [found[row] for row in range(len(names))]
-        same = len({answer.shape for answer in answers}) == 1
-        return torch.stack(answers) if same else answers
+                answers = self._rows([names[row] for row in rows], part)
+                found |= dict(zip(rows, answers, strict=True))
+        ordered = [found[row] for row in range(len(names))]
+        same = len({answer.shape for answer in ordered}) == 1
+        return torch.stack(ordered) if same else ordered
+
+    def _group(self, name: str | None) -> object:
+        """Equal for deltas that one forward can mix without a difference."""
+        attached = self._attached[name] if name else None
+        if attached is None or attached.structure.mixture is None:
+            return name
+        return id(attached.structure), attached.precision
+
+    def _rows(self, names: list[str | None], inputs: dict[str, Tensor]) -> Tensor:
+        owners = [name for name in names if name]
+        if len(set(names)) == 1:
+            return self._answer(names[0], inputs)
+        attached = {owner: self._attached[owner] for owner in owners}
+        first = attached[owners[0]]
+        tensors = {owner: each.tensors for owner, each in attached.items()}
+        forward = partial(first.structure.mixed, owners, tensors, inputs)
+        return run(forward, first.precision, device_of(inputs))
 
     def _answer(self, name: str | None, inputs: dict[str, Tensor]) -> Tensor:
-        with self._lock, torch.no_grad():
+        with self._lock:
             if name is None:
-                return _tensor_of(self._plain(**inputs))
-            model, precision = self._placed(name)
-            device = next(iter(inputs.values())).device.type
-            enabled = precision != "no"
-            with torch.autocast(device, HELD_DTYPES[precision], enabled=enabled):
-                return _tensor_of(model(**inputs))
+                return run(partial(self._plain, **inputs), "no", device_of(inputs))
+            attached = self._placed(name)
+            model = attached.structure.model
+            return run(partial(model, **inputs), attached.precision, device_of(inputs))
 
-    def _placed(self, name: str) -> tuple[nn.Module, str]:
-        """The model with the delta in place, and Accelerate's word for the precision it runs in."""
+    def _placed(self, name: str) -> Attached:
         attached = self._attached[self._resolved(name)]
         attached.structure.place(name, attached.tensors)
-        return attached.structure.model, attached.stored.info.model["mixed_precision"]
+        return attached
 
     def _resolved(self, reference: str) -> str:
         """`name@v1` of an attached delta; a bare name is enough where one version is attached."""
@@ -245,16 +269,3 @@ class SharedBase:
             )
         known = suggestion(reference, self._attached) if self._attached else "none is"
         raise RegistryError(f"'{reference}': no such delta is attached; {known}")
-
-
-def _plain_model(base: LiveBase, auto_class: str) -> nn.Module:
-    model = base.model(auto_class, {})
-    freeze(model)
-    return getattr(model, model.base_model_prefix) if new_modules(model) else model
-
-
-def _tensor_of(outputs: Any) -> Tensor:
-    if "start_logits" in outputs:
-        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float()
-    logits = outputs.logits if "logits" in outputs else outputs.last_hidden_state
-    return logits.float()  # type: ignore[no-any-return]

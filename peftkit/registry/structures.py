@@ -5,7 +5,7 @@ or names of the changed weights) take turns in one module tree, and a turn moves
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from peftkit.modeling.deltas import adapter_slots, apply_delta, refuse_mismatch,
 from peftkit.modeling.sharing import shape_of
 from peftkit.registry.fitting import restore_precision
 from peftkit.registry.manifest import DeltaInfo
+from peftkit.registry.mixing import LoraMixture, mixable
 
 _MOVES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 """Starts of `init_lora_weights` that write into the base when PEFT puts the adapter on it."""
@@ -49,6 +50,7 @@ class Structure:
             name: torch.empty_like(slot, device="meta") for name, slot in self.slots.items()
         }
         self._owner: str | None = None
+        self.mixture = LoraMixture(adapted) if self.exchangeable and mixable(adapted) else None
 
     @property
     def exchangeable(self) -> bool:
@@ -85,8 +87,22 @@ class Structure:
             slot.data = tensor
         self._owner = owner
 
+    def mixed(
+        self,
+        owners: Sequence[str],
+        tensors: Mapping[str, list[Tensor]],
+        inputs: Mapping[str, Tensor],
+    ) -> Any:
+        """The model's outputs, row i with the delta of `owners[i]`; there must be a mixture."""
+        assert self.mixture is not None
+        for owner, own in tensors.items():
+            self.mixture.add(owner, dict(zip(self.slots.values(), own, strict=True)))
+        return self.mixture(owners, inputs)
+
     def clear(self, owner: str) -> None:
         """Let go of the tensors of `owner`, if they are in place."""
+        if self.mixture is not None:
+            self.mixture.remove(owner)
         if owner == self._owner:
             self._owner = None
             for slot in self.slots.values():

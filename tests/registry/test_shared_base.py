@@ -1,8 +1,6 @@
 """Many deltas on one base in memory answer as each would alone, and leave the base as it was."""
 
 import copy
-import json
-import shutil
 import sys
 import threading
 from contextlib import nullcontext
@@ -10,61 +8,16 @@ from contextlib import nullcontext
 import pytest
 import tiny_runs
 import torch
-from safetensors.torch import load_file, save_file
+from stored_deltas import LORA, QLORA, SECTIONS, store
 
-from peftkit.contracts import Delta, Quantisation
+from peftkit.contracts import Quantisation
 from peftkit.errors import RegistryError
-from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
-from peftkit.modeling.parameters import set_precision, trainable_parameters
 from peftkit.modeling.sharing import Held, LiveBase
 from peftkit.registry.loading import load_delta
+from peftkit.registry.mixing import LoraMixture
 from peftkit.registry.shared import SharedBase
 from peftkit.registry.store import Registry
 from peftkit.registry.structures import Structure
-
-LORA = {"type": "lora", "r": 2}
-SECTIONS = {
-    "full": {"type": "full"},
-    "top_layers": {"type": "top_layers", "num_layers": 1},
-    "lora": LORA,
-    "lora-other": LORA,
-    "full-other": {"type": "full"},
-    "saved-other": LORA | {"modules_to_save": ["pooler"]},
-    "dora-other": LORA | {"use_dora": True},
-    "lora-biases": LORA | {"bias": "all"},
-    "lora-embeddings": LORA | {"target_modules": ["word_embeddings", "query"]},
-    "lora-tokens": LORA | {"trainable_token_indices": [4, 5]},
-    "rslora": LORA | {"use_rslora": True, "lora_dropout": 0.1},
-    "dora": LORA | {"use_dora": True},
-    "saved": LORA | {"modules_to_save": ["pooler"]},
-    "ia3": {"type": "peft", "peft_type": "IA3"},
-    "vera": {"type": "peft", "peft_type": "VERA", "target_modules": ["query"]},
-    "prefix": {"type": "peft", "peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2},
-}
-QLORA = {"type": "qlora", "r": 2}
-
-
-def labelled(count):
-    """Overrides of the base's config for `count` labels."""
-    labels = {i: f"label {i}" for i in range(count)}
-    known = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-    return tiny_runs.LABELS | known | {"num_labels": count, "problem_type": None}
-
-
-def store(registry, folder, name, section, *, labels=2, precision="no", seed=0, **info):
-    """Save a delta whose tensors are drawn from `seed`, as if it had been trained."""
-    method = tiny_runs.make_method(section)
-    spec = ModelSpec(tiny_runs.AUTO_CLASS, labelled(labels), None, precision)
-    torch.manual_seed(seed)
-    model = method.prepare(load_model(folder, spec, method.load_options()))
-    set_precision(model, held_dtype(spec, method.load_options()))
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    delta = method.delta(model)
-    about = tiny_runs.info_for(folder, method, delta, mixed_precision=precision)
-    about = about.model_copy(update={"model": about.model | {"config": labelled(labels)}} | info)
-    return registry.save(name, delta, about)
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +244,23 @@ def test_each_row_answers_with_its_own_delta(base_of, shared, deltas):
     expected = row_by_row(shared, batch, deltas)
     assert max(differences(found, expected)) <= 1e-6
     assert isinstance(found, list) == (len({row.shape for row in expected}) > 1)
+
+
+@pytest.mark.parametrize("labels", ["lora", "one"])
+def test_plain_lora_goes_through_one_forward(base_of, shared, monkeypatch, labels):
+    deltas = [labels, f"{labels}-other", labels, f"{labels}-other"]
+    batch, calls = batch_of(base_of, size=4), []
+    for name in deltas:
+        shared.attach(name)
+    forward = LoraMixture.__call__
+    monkeypatch.setattr(
+        LoraMixture, "__call__", lambda *args: (calls.append(args[1]), forward(*args))[1]
+    )
+    found = shared(batch, deltas=deltas)
+    assert calls == [[f"{name}@v1" for name in deltas]]
+    shared.detach(f"{labels}-other")
+    shared.attach(f"{labels}-other")
+    assert torch.equal(shared(batch, deltas=deltas), found)
 
 
 def test_an_answer_of_another_delta_is_no_rounding(base_of, shared):
