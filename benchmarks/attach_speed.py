@@ -7,7 +7,8 @@ Stands beside peftkit; drives `peftkit.registry.shared` and `peft.PeftModel` ove
 A BERT of random weights, `--width` wide and `--depth` deep, two adapters over all linear layers.
 Both arms run in one process, interleaved, and report the minimum of several rounds. Attaching
 starts from files on disk and a live base that has an adapter of the same settings already; PEFT
-reads the same files with `load_adapter`, also with `low_cpu_mem_usage`, and checks nothing.
+reads the same files with `load_adapter`, also with `low_cpu_mem_usage`, and checks nothing, while
+peftkit takes the SHA-256 of every byte; reading and verifying is timed a second time by itself.
 Switching goes to and fro between two adapters. The first adapter of its settings is timed alone:
 peftkit then builds the layers through PEFT.
 """
@@ -104,7 +105,10 @@ def seconds(action: Callable[[], object]) -> float:
 
 def attach_round(shared: SharedBase, peft_model: Any, folder: Path) -> dict[str, float]:
     """Each arm attaches the second adapter once and lets go of it again."""
+    registry = shared.registry
     times = {"peftkit": seconds(lambda: shared.attach("second"))}
+    read = seconds(lambda: registry.read_delta(registry.find("second")))
+    times["of_that_reading_and_verifying"] = read
     shared.detach("second")
     for arm, low in (("peft", False), ("peft_low_cpu_mem_usage", True)):
         times[arm] = seconds(

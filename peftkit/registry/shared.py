@@ -81,7 +81,8 @@ class SharedBase:
     @property
     def attached(self) -> list[str]:
         """References of the attached deltas, sorted."""
-        return sorted(self._attached)
+        with self._lock:
+            return sorted(self._attached)
 
     @property
     def active(self) -> str | None:
@@ -90,7 +91,8 @@ class SharedBase:
 
     def stored(self, reference: str) -> StoredDelta:
         """What an attached delta's manifest says of it: task, labels, metrics."""
-        return self._attached[self._resolved(reference)].stored
+        with self._lock:
+            return self._attached[self._resolved(reference)].stored
 
     def digest(self) -> str:
         """`sha256:<hex>` over the base's tensors as they are in memory now."""
@@ -169,9 +171,9 @@ class SharedBase:
         Raises:
             RegistryError: it is not attached; the active one stays.
         """
-        name = None if reference is None else self._resolved(reference)
-        if name is not None:
-            with self._lock:
+        with self._lock:
+            name = None if reference is None else self._resolved(reference)
+            if name is not None:
                 self._placed(name)
         self._thread.active = name
 

@@ -234,6 +234,9 @@ def differences(one, other):
         ["full", "top_layers", "full", "lora"],
         ["one", "one", "one", "one-other"],
         ["dora", "dora", "dora-other", "lora"],
+        ["lora-own-biases", "lora-own-biases-other", "lora-own-biases"],
+        ["lora-tokens", "lora-tokens-other", "lora-tokens", "lora-biases"],
+        ["lora-embeddings", None, "ia3", "vera"],
     ],
 )
 def test_each_row_answers_with_its_own_delta(base_of, shared, deltas):

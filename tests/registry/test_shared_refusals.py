@@ -17,12 +17,18 @@ from peftkit.registry.store import Registry
 ABSENT = f"sha256:{'1' * 64}"
 
 
-@pytest.fixture
-def registry(tmp_path, base_of):
-    registry = Registry(tmp_path / "registry")
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, base_of):
+    registry = Registry(tmp_path_factory.mktemp("registry"))
     store(registry, base_of("bert"), "lora", LORA)
     store(registry, base_of("bert"), "top", SECTIONS["top_layers"])
-    return registry
+    return registry.root
+
+
+@pytest.fixture
+def registry(stored, tmp_path):
+    """One to be changed by a test."""
+    return Registry(shutil.copytree(stored, tmp_path / "registry"))
 
 
 @pytest.fixture
