@@ -57,7 +57,11 @@ def differences(folder: Path, stored: Mapping[str, Any]) -> list[str]:
     Both are filled in by this version of transformers, so that a default that another version
     wrote out, or left out, is no difference.
     """
-    own = read_config(folder)
+    return differences_from(read_config(folder), stored)
+
+
+def differences_from(own: PretrainedConfig, stored: Mapping[str, Any]) -> list[str]:
+    """As `differences`, for a config that has been read."""
     then, now = _filled(type(own).from_dict(dict(stored))), _filled(own)
     return [
         f"{key}: then {then.get(key)!r}, now {now.get(key)!r}"

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -63,6 +64,32 @@ def _parameters_of(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, nn
     return {name: p for name, p in model.named_parameters() if p.data_ptr() in pointers}
 
 
+def adapter_slots(model: nn.Module) -> dict[str, Tensor] | None:
+    """Name in PEFT's files → the parameter of the adapted model that holds it.
+
+    Returns:
+        None if a name stands for anything else than one whole parameter with memory of its own:
+        a prompt that comes of an encoder, a buffer, tied parameters.
+    """
+    kept = _adapter_tensors(model)
+    owners: dict[int, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        owners.setdefault(parameter.data_ptr(), []).append(parameter)
+    slots: dict[str, Tensor] = {}
+    for name, tensor in kept.items():
+        owner = owners.get(tensor.data_ptr(), [])
+        if len(owner) != 1 or owner[0].shape != tensor.shape:
+            return None
+        slots[name] = owner[0]
+    return slots if len({id(slot) for slot in slots.values()}) == len(kept) else None
+
+
+def weights_slots(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name in a delta of kind `weights` → the parameter or buffer that holds it."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: own[name] for name in tensors}
+
+
 def apply_delta(model: PreTrainedModel, delta: Delta) -> nn.Module:
     """Put `delta` on `model`, changing it in place.
 
@@ -83,11 +110,9 @@ def apply_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         RegistryError: a name or shape that the model lacks, or a new head without its tensors.
     """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     required = {name for name in own if is_new(model, name)}
-    _refuse_mismatch(
-        {name: own[name] for name in own if name in tensors.keys() | required}, tensors
-    )
+    refuse_mismatch({name: own[name] for name in own if name in tensors.keys() | required}, tensors)
     for name, tensor in tensors.items():
         own[name].data = tensor.to(device=own[name].device, copy=True)
     return model
@@ -105,15 +130,21 @@ def _apply_adapter(model: PreTrainedModel, delta: Delta) -> nn.Module:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, config)
     expected = _adapter_tensors(adapted)
-    _refuse_mismatch(expected, delta.tensors)
+    refuse_mismatch(expected, delta.tensors)
     for parameter in _parameters_of(adapted, expected).values():
         parameter.requires_grad = True
-        parameter.data = parameter.data.float()  # a 16-bit copy would round the trained tensors
+        # A 16-bit copy would round the trained tensors; memory that is shared is not written to.
+        parameter.data = parameter.data.to(torch.float32, copy=True)
     set_peft_model_state_dict(adapted, delta.tensors)
     return adapted  # type: ignore[no-any-return]
 
 
-def _refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of a delta's tensors with those that a model has for them.
+
+    Raises:
+        RegistryError: missing, unexpected or misshapen tensors, each on a line.
+    """
     problems = [f"delta: tensor '{n}' is missing" for n in sorted(expected.keys() - found.keys())]
     problems += [
         f"delta: tensor '{n}' has no place in the model"

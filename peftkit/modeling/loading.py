@@ -54,7 +54,7 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
         SourceError: the base has no such architecture or needs code of its own, its weights do
             not fit its config, or the spec sets more of the config than a task may.
     """
-    config = _read_config(folder, spec)
+    config = spec_config(folder, spec)
     auto_class = getattr(transformers, spec.auto_class)
     dtype = held_dtype(spec, options)
     quantised = options.quantisation
@@ -81,8 +81,12 @@ def held_dtype(spec: ModelSpec, options: LoadOptions) -> torch.dtype:
     return torch.float32 if options.keeps_float32 else HELD_DTYPES[spec.mixed_precision]
 
 
-def _read_config(folder: Path, spec: ModelSpec) -> Any:
-    """The base's config with the overrides applied."""
+def spec_config(folder: Path, spec: ModelSpec) -> Any:
+    """The base's config with the spec's overrides and dropout.
+
+    Raises:
+        SourceError: no such architecture, or the spec sets more of the config than a task may.
+    """
     if strange := sorted(spec.config.keys() - CONFIG_OVERRIDES):
         allowed = ", ".join(sorted(CONFIG_OVERRIDES))
         raise SourceError(f"{folder}: config keys {', '.join(strange)} are not set; only {allowed}")

@@ -28,6 +28,11 @@ def is_new(model: nn.Module, parameter_name: str) -> bool:
     return bool(module.__dict__.get(_NEW))
 
 
+def new_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that `mark_new` named."""
+    return [name for name, module in model.named_modules() if module.__dict__.get(_NEW)]
+
+
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules that the task adds to the base and that every method trains.
 
@@ -42,8 +47,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
         and child is not output
         and next(child.parameters(), None) is not None
     ]
-    heads += [name for name, module in model.named_modules() if module.__dict__.get(_NEW)]
-    return _outermost(heads)
+    return _outermost([*heads, *new_modules(model)])
 
 
 def _outermost(names: Iterable[str]) -> list[str]:

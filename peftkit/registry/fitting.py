@@ -1,0 +1,108 @@
+"""Whether a stored delta belongs to a base, and how a model must be held to carry it.
+
+Called by `registry.loading` and `registry.shared`; imports `modeling`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from peftkit.contracts import Delta, LoadOptions
+from peftkit.modeling.config import differences_from, read_config
+from peftkit.modeling.identity import base_digest, tokenizer_digest
+from peftkit.modeling.loading import ModelSpec, held_dtype
+from peftkit.modeling.parameters import freeze, set_precision
+from peftkit.modeling.sharing import Held
+from peftkit.registry.manifest import DeltaInfo
+from peftkit.registry.reading import StoredDelta
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What a delta is compared with: digests and config of a base's folder as they were read."""
+
+    folder: Path
+    weights: str
+    tokenizer: str
+    config: PretrainedConfig
+    _same_configs: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path) -> "BaseIdentity":
+        """Read every byte of the folder's weights and tokenizer.
+
+        Raises:
+            SourceError: a file is damaged, or the config needs code of its own.
+        """
+        config = read_config(folder)
+        return cls(folder, base_digest(folder), tokenizer_digest(folder), config)
+
+    def problems(self, stored: StoredDelta) -> list[str]:
+        """One line for each way in which the delta was trained on another base."""
+        info, reference = stored.info, f"{stored.name}@{stored.version}"
+        found = {"weights": self.weights, "tokenizer": self.tokenizer}
+        expected = {"weights": info.base_digest, "tokenizer": info.tokenizer_digest}
+        problems = [
+            f"{reference}: trained on {info.base_name} with {what} {expected[what]}, "
+            f"but {self.folder} has {found[what]}"
+            for what in expected
+            if expected[what] != found[what]
+        ]
+        return problems + [
+            f"{reference}: {self.folder} has another config than {info.base_name} had: {line}"
+            for line in self._differences(info.base_config)
+        ]
+
+    def _differences(self, config: dict[str, Any] | None) -> list[str]:
+        """Filling in transformers' defaults takes longer than reading a small delta."""
+        if config is None or config in self._same_configs:
+            return []
+        lines = differences_from(self.config, config)
+        if not lines:
+            self._same_configs.append(config)
+        return lines
+
+
+def model_spec(info: DeltaInfo) -> ModelSpec:
+    """What the run built on the base's files."""
+    return ModelSpec(
+        info.model["auto_class"],
+        _config_overrides(info.model["config"]),
+        info.model["dropout"],
+        info.model["mixed_precision"],
+    )
+
+
+def load_options(info: DeltaInfo) -> LoadOptions:
+    """How the run loaded its base."""
+    return LoadOptions(
+        quantisation=info.quantisation,
+        frozen=info.model["frozen"],
+        keeps_float32=info.model.get("keeps_float32", False),
+    )
+
+
+def held_by(info: DeltaInfo) -> Held:
+    """How the run held the frozen part of its base."""
+    return Held(held_dtype(model_spec(info), load_options(info)), info.quantisation)
+
+
+def restore_precision(model: nn.Module, held: torch.dtype, delta: Delta) -> None:
+    """Hold what was frozen in training as it was held then; freeze everything, in place."""
+    if delta.kind == "weights":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name in delta.tensors
+    set_precision(model, held)
+    freeze(model)
+
+
+def _config_overrides(stored: dict[str, Any]) -> dict[str, Any]:
+    """JSON made the keys of `id2label` text."""
+    overrides = dict(stored)
+    if "id2label" in overrides:
+        overrides["id2label"] = {int(key): name for key, name in overrides["id2label"].items()}
+    return overrides
