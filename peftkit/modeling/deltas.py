@@ -58,6 +58,11 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         return get_peft_model_state_dict(model, save_embedding_layers=False)  # type: ignore[no-any-return]
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter of an adapted model for those that PEFT's files hold."""
+    return _parameters_of(model, _adapter_tensors(model))
+
+
 def _parameters_of(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """Name → parameter for those whose memory the adapter's tensors `kept` share."""
     pointers = {tensor.data_ptr() for tensor in kept.values()}
@@ -125,10 +130,13 @@ def _apply_adapter(model: PreTrainedModel, delta: Delta) -> nn.Module:
     config = PeftConfig.from_peft_type(**{**(delta.adapter_config or {}), "inference_mode": True})
     unmatched(model, delta.adapter_config or {})  # refuses an expression that would never end
     model.name_or_path = config.base_model_name_or_path or ""
-    with warnings.catch_warnings():
-        # PEFT still asks transformers for `is_gradient_checkpointing`.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        adapted = get_peft_model(model, config)
+    try:
+        with warnings.catch_warnings():
+            # PEFT still asks transformers for `is_gradient_checkpointing`.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise RegistryError(f"delta: PEFT refuses it: {' '.join(str(error).split())}") from error
     expected = _adapter_tensors(adapted)
     refuse_mismatch(expected, delta.tensors)
     for parameter in _parameters_of(adapted, expected).values():

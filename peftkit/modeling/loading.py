@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from peftkit.contracts import LoadOptions, Quantisation
+from peftkit.contracts import LoadOptions
 from peftkit.errors import SourceError
 from peftkit.modeling.config import read_config
+from peftkit.modeling.four_bit import four_bit_config, keep_cpu_weights_unpacked
 from peftkit.modeling.parameters import head_modules, mark_new, pooler_modules
 
 HELD_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,13 +58,15 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
     auto_class = getattr(transformers, spec.auto_class)
     dtype = held_dtype(spec, options)
     quantised = options.quantisation
-    skip = _unquantised_modules(auto_class, config) if quantised else []
+    four_bit = None
+    if quantised:
+        four_bit = four_bit_config(quantised, dtype, skeleton(spec, config))
     with _QuietLoading():
         model, report = auto_class.from_pretrained(
             folder,
             config=config,
             dtype=dtype if options.frozen or quantised else torch.float32,
-            quantization_config=_bitsandbytes(quantised, dtype, skip) if quantised else None,
+            quantization_config=four_bit,
             device_map=_device_map() if quantised else None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -72,8 +74,14 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
         )
     _check_report(folder, model, report)
     if quantised:
-        _keep_cpu_weights_unpacked(model)
+        keep_cpu_weights_unpacked(model)
     return model  # type: ignore[no-any-return]
+
+
+def skeleton(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
+    """The spec's model on the meta device, without weights; `config` is `spec_config`'s."""
+    with torch.device("meta"):
+        return getattr(transformers, spec.auto_class).from_config(config)  # type: ignore[no-any-return]
 
 
 def held_dtype(spec: ModelSpec, options: LoadOptions) -> torch.dtype:
@@ -113,47 +121,11 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
             setattr(config, key, probability)
 
 
-def _unquantised_modules(auto_class: Any, config: Any) -> list[str]:
-    """Heads, poolers and output embeddings: 4-bit loading would quantise them and then crash."""
-    with torch.device("meta"):
-        skeleton = auto_class.from_config(config)
-    output = skeleton.get_output_embeddings()
-    others = [output, *pooler_modules(skeleton)]
-    names = [name for name, m in skeleton.named_modules() if any(m is other for other in others)]
-    return sorted({*head_modules(skeleton), *names})
-
-
-def _bitsandbytes(
-    quantisation: Quantisation, held: torch.dtype, skip: list[str]
-) -> BitsAndBytesConfig:
-    compute = quantisation.compute_dtype
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantisation.quant_type,
-        bnb_4bit_use_double_quant=quantisation.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, compute) if compute else held,
-        llm_int8_skip_modules=skip,
-    )
-
-
 def _device_map() -> dict[str, Any]:
     """The whole model on this process's device: each rank quantises its own copy."""
     from accelerate import PartialState
 
     return {"": PartialState().device}
-
-
-def _keep_cpu_weights_unpacked(model: nn.Module) -> None:
-    """Stop 4-bit layers from repacking their weight in place at the first eval forward.
-
-    On a CPU with AVX512-BF16 the repacked weight stays after `.train()`: gradients, merging and
-    dequantising are then wrong without an error.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _check_report(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:

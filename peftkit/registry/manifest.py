@@ -37,6 +37,30 @@ class RunSummary(Section):
     """None where a metric was not a number."""
 
 
+class Parent(Section):
+    """A stored delta that another one was made of."""
+
+    reference: str
+    """`name@v1` in the store where it was made."""
+    digest: Digest
+    """Of its OCI manifest, the same in every store."""
+    weight: float | None = None
+
+
+class Verification(Section):
+    """How a written result answered a probe beside what it must equal, in float32 arithmetic."""
+
+    max_abs_difference: float
+    """Largest difference of two logits."""
+    kl_divergence: float
+    """KL(expected ‖ found) in nats, mean over the probe's rows."""
+    top1_agreement: float
+    """Share of the rows with the same largest logit."""
+    rows: int
+    bound: str
+    """What was asked for, such as `max |Δlogit| ≤ 1e-05`."""
+
+
 class DeltaInfo(Section):
     """What a delta belongs to and where it comes from. The dicts hold plain JSON values."""
 
@@ -60,6 +84,11 @@ class DeltaInfo(Section):
     recipe: dict[str, Any]
     recipe_digest: Digest
     run: RunSummary
+    """For a combined delta the run of the parent whose task and head it has, without scores."""
+    parents: list[Parent] = []
+    """What it was combined or extracted from, in order; empty for a trained delta."""
+    verification: Verification | None = None
+    """For a combined or extracted delta."""
     stand_in: bool
     """True if the run trained on a sample that peftkit made itself."""
     created: UtcTime = Field(default_factory=_utc_now)

@@ -268,6 +268,6 @@ class Registry:
 def _tensors_of(base: Path | None) -> "BaseTensors | None":
     if base is None:
         return None
-    from peftkit.modeling.base_tensors import base_tensors
+    from peftkit.modeling.base_tensors import BaseTensors
 
-    return base_tensors(base)
+    return BaseTensors(base)

@@ -39,10 +39,7 @@ class Structure:
             RegistryError: tensors that do not fit, or an adapter that would change the base.
         """
         _refuse_moved_base(delta)
-        try:
-            adapted = apply_delta(model, delta)
-        except (TypeError, ValueError) as error:
-            raise RegistryError(f"delta: PEFT refuses it: {' '.join(str(error).split())}") from None
+        adapted = apply_delta(model, delta)
         restore_precision(adapted, held, delta)
         self.model: nn.Module = adapted.eval()
         self._slots = _slots(adapted, delta)

@@ -96,5 +96,5 @@ def test_an_evaluation_does_not_touch_the_weights(wide_base, repacking_cpu):
 
 
 def test_without_the_guard_an_evaluation_repacks_the_weights(wide_base, repacking_cpu, monkeypatch):
-    monkeypatch.setattr(loading, "_keep_cpu_weights_unpacked", lambda model: None)
+    monkeypatch.setattr(loading, "keep_cpu_weights_unpacked", lambda model: None)
     assert not eval_forward_keeps_bytes(wide_base)
