@@ -5,6 +5,7 @@ the arithmetic of adapters, on a model whose memory is never touched: only the l
 its weights.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ class Fold:
             SourceError: the base has no such architecture.
         """
         self.base = base
-        self.model = empty_model(folder, info, base.files)
-        names = {id(module): name for name, module in self.model.named_modules()}
-        own = {id(p): name for name, p in self.model.named_parameters()}
-        adapted = apply_delta(self.model, delta)
+        spec = model_spec(info)
+        self.model = skeleton(spec, spec_config(folder, spec))
+        """The model that the run built, without its weights and without the adapter."""
+        carrier = _empty(self.model, base.files)
+        names = {id(module): name for name, module in carrier.named_modules()}
+        own = {id(p): name for name, p in carrier.named_parameters()}
+        adapted = apply_delta(carrier, delta)
         self._layers: dict[str, list[Any]] = {}
         self._merged: dict[str, Tensor] = {}
         self._given = dict(delta.tensors)
@@ -111,22 +115,18 @@ class Fold:
             raise RegistryError(problems)
 
 
-def empty_model(folder: Path, info: DeltaInfo, files: BaseTensors) -> PreTrainedModel:
-    """The model that the run built, its memory reserved and never touched.
+def _empty(model: PreTrainedModel, files: BaseTensors) -> PreTrainedModel:
+    """A copy of a model of the meta device, its memory reserved and never touched.
 
     What the base's files lack is marked as new, as loading would do.
-
-    Raises:
-        SourceError: the base has no such architecture.
     """
-    spec = model_spec(info)
-    model = skeleton(spec, spec_config(folder, spec)).to_empty(device="cpu")
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
+    carrier = copy.deepcopy(model).to_empty(device="cpu")
+    carrier.tie_weights()
+    for name, parameter in carrier.named_parameters():
         found = files(name)
         if found is None or found.shape != parameter.shape:
-            mark_new(model.get_submodule(name.rpartition(".")[0]))
-    return model
+            mark_new(carrier.get_submodule(name.rpartition(".")[0]))
+    return carrier
 
 
 def _adapter_layers(model: nn.Module) -> Iterator[Any]:

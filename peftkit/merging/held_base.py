@@ -29,13 +29,14 @@ class HeldBase:
         spec, options = model_spec(info), load_options(info)
         self.files = BaseTensors(folder)
         self._exact = exact
-        self._held = held_dtype(spec, options) if options.frozen else torch.float32
+        self.held = held_dtype(spec, options) if options.frozen else torch.float32
+        """Dtype of what the run did not train and did not hold in 4 bits."""
         self.quantisation = options.quantisation
         self.four_bit: dict[str, bool] = {}
         """Name of each weight that the run held in 4 bits → whether it is stored (I, O)."""
         if self.quantisation:
             shell = skeleton(spec, spec_config(folder, spec))
-            config = four_bit_config(self.quantisation, self._held, shell)
+            config = four_bit_config(self.quantisation, self.held, shell)
             self.four_bit = four_bit_weights(shell, config)
 
     def stored(self, name: str) -> Tensor:
@@ -58,7 +59,7 @@ class HeldBase:
         tensor = self.stored(name)
         if self._exact or not tensor.is_floating_point():
             return tensor
-        tensor = tensor.to(self._held)
+        tensor = tensor.to(self.held)
         if name in self.four_bit and self.quantisation:
             return rounded(tensor, self.quantisation, transposed=self.four_bit[name])
         return tensor

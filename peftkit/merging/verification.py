@@ -41,9 +41,11 @@ class Bound:
             parts.append(f"max |Δlogit| ≤ {self.max_abs_difference:g}, top-1 equal")
         if self.kl_divergence is not None:
             parts.append(f"KL ≤ {self.kl_divergence:g}")
-        return ", ".join(parts)
+        return ", ".join(parts) or "any finite difference"
 
 
+FREE = Bound()
+"""For another model than the trained one, of which only the drift is told."""
 SAME_ARITHMETIC = Bound(max_abs_difference=1e-5)
 """For results in float32."""
 ROUNDED_TO_16_BITS = Bound(kl_divergence=1e-4)
@@ -64,7 +66,8 @@ def computing_in_float32(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
-    return model.float().eval()
+    # transformers' own `float` refuses a 4-bit model.
+    return nn.Module.float(model).eval()
 
 
 def probe(folder: Path) -> list[dict[str, Tensor]]:

@@ -26,7 +26,7 @@ _DAMAGE = (
     struct.error,
 )
 """What reading a header raises that is not what the format says."""
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "bpe.codes",
     "byte_maps.json",
@@ -90,7 +90,7 @@ def tokenizer_digest(folder: Path) -> str:
         `sha256:<hex>`.
     """
     digest = hashlib.sha256()
-    for name in sorted(_TOKENIZER_FILES):
+    for name in sorted(TOKENIZER_FILES):
         path = folder / name
         if path.is_file():
             digest.update(f"{name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
