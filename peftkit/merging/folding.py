@@ -59,7 +59,12 @@ class Fold:
     @property
     def changed(self) -> frozenset[str]:
         """Names of the tensors that the delta gives or may change, heads included."""
-        return frozenset(self._given) | {n for layer in self._layers for n in self._touched(layer)}
+        return frozenset(self._given) | self.adapted
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the tensors that an adapter is folded into; none for a delta of weights."""
+        return frozenset(name for layer in self._layers for name in self._touched(layer))
 
     def tensor(self, name: str) -> Tensor:
         """The float32 value of a changed tensor; asking twice computes it twice.

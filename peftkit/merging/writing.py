@@ -50,13 +50,13 @@ def write_weights(fold: Fold, folder: Path, form: Form) -> None:
     """Write the tensors in shards that hold what the base's shards hold; as for `write_model`."""
     shards = _shards(fold)
     weight_map: dict[str, str] = {}
-    size, changed = 0, False
+    size, changed, telling = 0, False, fold.adapted or fold.changed
     for number, names in enumerate(shards, 1):
         file = _shard_name(number, len(shards))
         tensors: dict[str, Tensor] = {}
         for name in names:
             value = _value(fold, name, form)
-            changed = changed or _differs(fold, name, value)
+            changed = changed or (name in telling and _differs(fold, name, value))
             tensors |= _entries(fold, name, value, form)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -137,11 +137,9 @@ def _value(fold: Fold, name: str, form: Form) -> Tensor:
 
 
 def _differs(fold: Fold, name: str, value: Tensor) -> bool:
-    """Whether a changed tensor is another than the base's."""
+    """Whether a tensor is another than the base's."""
     stored = fold.base.files(name)
-    return name in fold.changed and (
-        stored is None or stored.shape != value.shape or not torch.equal(stored, value)
-    )
+    return stored is None or stored.shape != value.shape or not torch.equal(stored, value)
 
 
 def _entries(fold: Fold, name: str, value: Tensor, form: Form) -> dict[str, Tensor]:
