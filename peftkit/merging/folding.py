@@ -24,6 +24,9 @@ from peftkit.modeling.parameters import mark_new
 from peftkit.registry.fitting import model_spec
 from peftkit.registry.manifest import DeltaInfo
 
+_BLOCK_BYTES = 1 << 20
+"""What is computed at once: small enough to stay in a processor's cache until it is written."""
+
 
 class Fold:
     """What a delta makes of each tensor of its base."""
@@ -80,9 +83,41 @@ class Fold:
             value = self._merged.pop(name)
         else:
             value = self._given[name].float()
-        if not value.isfinite().all():
-            raise RegistryError(f"{name}: the merged tensor holds NaN or Inf; nothing is written")
-        return value
+        return _finite(name, value)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """As `tensor`, in float32 parts along the first dimension; each overwrites the one before.
+
+        A plain LoRA takes a pass over memory where PEFT's layers take several.
+        """
+        factors = self._plain_factors(name)
+        if factors is None:
+            yield self.tensor(name)
+            return
+        a, b, scale = factors
+        held = self.base.as_held(name)
+        rows = max(1, _BLOCK_BYTES // (held.shape[1] * 4))
+        buffer = torch.empty(min(rows, len(held)), held.shape[1])
+        for start in range(0, len(held), rows):
+            part = held[start : start + rows].float()
+            value = torch.addmm(
+                part, b[start : start + rows], a, alpha=scale, out=buffer[: len(part)]
+            )
+            yield _finite(name, value)
+
+    def _plain_factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A (R, I), B (O, R) and the scale, where all that an adapter adds is scale · BA."""
+        from peft.tuners.lora import Linear
+
+        layer, _, parameter = name.rpartition(".")
+        adapters = self._layers.get(layer, [])
+        one = adapters[0] if len(adapters) == 1 else None
+        if type(one) is not Linear or parameter != "weight" or name in self._given:
+            return None
+        if one.lora_variant or one.fan_in_fan_out or one.lora_bias["default"]:
+            return None
+        a, b = one.lora_A["default"].weight, one.lora_B["default"].weight
+        return a.detach(), b.detach(), float(one.scaling["default"])
 
     def _touched(self, layer: str) -> list[str]:
         """The parameters of a layer that carries an adapter."""
@@ -118,6 +153,13 @@ class Fold:
         ]
         if problems:
             raise RegistryError(problems)
+
+
+def _finite(name: str, value: Tensor) -> Tensor:
+    # A sum is cheap, and finite only if all values are; a finite tensor may still overflow it.
+    if not value.sum().isfinite() and not value.isfinite().all():
+        raise RegistryError(f"{name}: the merged tensor holds NaN or Inf; nothing is written")
+    return value
 
 
 def _empty(model: PreTrainedModel, files: BaseTensors) -> PreTrainedModel:

@@ -1,20 +1,22 @@
 """A merged model as files that plain transformers opens, written a shard at a time.
 
 Called by `into_base`. What a delta leaves alone goes from the base's mapped file into the new one;
-one shard's changed tensors are in memory at a time.
+of the rest one layer is in memory at a time, and in 4 bits one shard.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkit.errors import RegistryError, SourceError
 from peftkit.merging.folding import Fold
+from peftkit.merging.shard_file import Entry, write_shard
 from peftkit.merging.targets import Target
 from peftkit.modeling.four_bit import four_bit_config, quantised
 from peftkit.modeling.identity import TOKENIZER_FILES
@@ -50,18 +52,13 @@ def write_weights(fold: Fold, folder: Path, form: Form) -> None:
     """Write the tensors in shards that hold what the base's shards hold; as for `write_model`."""
     shards = _shards(fold)
     weight_map: dict[str, str] = {}
-    size, changed, telling = 0, False, fold.adapted or fold.changed
+    size, change = 0, _Change(fold)
     for number, names in enumerate(shards, 1):
         file = _shard_name(number, len(shards))
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            value = _value(fold, name, form)
-            changed = changed or (name in telling and _differs(fold, name, value))
-            tensors |= _entries(fold, name, value, form)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    if not changed:
+        entries = [entry for name in names for entry in _entries(fold, name, form, change)]
+        size += write_shard(folder / file, entries)
+        weight_map |= {entry.name: file for entry in entries}
+    if not change.seen:
         raise RegistryError("delta: changes no tensor of the base; nothing is written")
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -122,31 +119,54 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def _value(fold: Fold, name: str, form: Form) -> Tensor:
-    """A tensor of the merged model in the dtype in which it is written or quantised."""
-    if name not in fold.changed:
-        value, stored = fold.base.as_held(name), fold.base.stored(name).dtype
-        return value.to(form.dtype or stored) if value.is_floating_point() else value
-    value = fold.tensor(name)
-    stored_tensor = fold.base.files(name)
-    own = written_dtype(fold, form) if stored_tensor is None else stored_tensor.dtype
-    value = value.to(form.dtype or own)
-    if value.dtype == torch.float16 and not value.isfinite().all():
-        raise RegistryError(f"{name}: holds a value that float16 cannot; take --dtype bfloat16")
-    return value
+class _Change:
+    """Whether anything came out other than the base has it; looks no further once it did."""
+
+    def __init__(self, fold: Fold) -> None:
+        self._base = fold.base
+        self._telling = fold.adapted or fold.changed
+        self.seen = False
+
+    def look(self, name: str, start: int, block: Tensor) -> None:
+        """Compare the rows from `start` on of a changed tensor with the base's."""
+        if self.seen or name not in self._telling:
+            return
+        if self._base.files(name) is None:
+            self.seen = True
+            return
+        held = self._base(name)
+        rows = held[start : start + len(block)] if held.ndim else held
+        self.seen = not torch.equal(rows, block)
 
 
-def _differs(fold: Fold, name: str, value: Tensor) -> bool:
-    """Whether a tensor is another than the base's."""
-    stored = fold.base.files(name)
-    return stored is None or stored.shape != value.shape or not torch.equal(stored, value)
-
-
-def _entries(fold: Fold, name: str, value: Tensor, form: Form) -> dict[str, Tensor]:
+def _entries(fold: Fold, name: str, form: Form, change: _Change) -> list[Entry]:
     """What a tensor is written as: itself, or its 4 bits with their constants."""
     base = fold.base
-    if form.target != "quantised" or not base.quantisation or name not in base.four_bit:
-        return {name: value.contiguous()}
-    stored = quantised(value.to(base.held), base.quantisation, transposed=base.four_bit[name])
-    constants = stored.quant_state.as_dict(packed=True)
-    return {name: stored.data, **{f"{name}.{key}": part for key, part in constants.items()}}
+    stored = base.files(name)
+    own = written_dtype(fold, form) if stored is None else stored.dtype
+    if form.target == "quantised" and base.quantisation and name in base.four_bit:
+        value = torch.cat([b.clone() for b in _blocks(fold, name, base.held, change)])
+        four_bit = quantised(value, base.quantisation, transposed=base.four_bit[name])
+        constants = four_bit.quant_state.as_dict(packed=True)
+        parts = {name: four_bit.data, **{f"{name}.{key}": p for key, p in constants.items()}}
+        return [Entry.of(key, part) for key, part in parts.items()]
+    if name not in fold.changed and stored is not None and not stored.is_floating_point():
+        return [Entry.of(name, stored)]
+    dtype = form.dtype or own
+    shape = tuple(fold.model.get_parameter_or_buffer(name).shape)
+    return [Entry(name, dtype, shape, partial(_blocks, fold, name, dtype, change))]
+
+
+def _blocks(fold: Fold, name: str, dtype: torch.dtype, change: _Change) -> Iterator[Tensor]:
+    """A tensor of the merged model in the dtype in which it is written, part by part."""
+    if name not in fold.changed:
+        yield fold.base.as_held(name).to(dtype)
+        return
+    start = 0
+    for block in fold.blocks(name):
+        change.look(name, start, block)
+        value = block.to(dtype)
+        if dtype == torch.float16 and not value.isfinite().all():
+            raise RegistryError(f"{name}: holds a value that float16 cannot; take --dtype bfloat16")
+        start += len(value) if value.ndim else 1
+        yield value

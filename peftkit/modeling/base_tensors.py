@@ -36,6 +36,10 @@ class BaseTensors:
         tensor: Tensor = self._file(self._place[key]).get_tensor(key)
         return tensor
 
+    def names(self) -> list[str]:
+        """What the files call their tensors, sorted."""
+        return sorted(self._place)
+
     def key(self, name: str) -> str | None:
         """What the base's files call the tensor."""
         return next((key for key in _candidates(name, self._endings) if key in self._place), None)

@@ -7,7 +7,6 @@ import pytest
 import stored_deltas
 import tiny_runs
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -215,16 +214,19 @@ def test_options_that_do_not_fit_are_refused(base_of, registry, options, problem
 
 
 def test_values_that_float16_cannot_hold_are_refused(base_of, registry, monkeypatch):
-    own = folding.Fold.tensor
-    monkeypatch.setattr(folding.Fold, "tensor", lambda self, name: own(self, name) * 1e9)
+    own = folding.Fold.blocks
+    monkeypatch.setattr(
+        folding.Fold, "blocks", lambda self, name: (block * 1e9 for block in own(self, name))
+    )
     options = MergeOptions(dtype="float16")
     problems = refusal(merged_folder, registry, base_of("bert"), KINDS["lora"], options=options)
     assert problems[0].endswith("holds a value that float16 cannot; take --dtype bfloat16")
 
 
 def test_nan_in_a_merged_tensor_is_refused(base_of, registry, monkeypatch):
+    own = folding.HeldBase.as_held
     monkeypatch.setattr(
-        folding.HeldBase, "__call__", lambda self, name: self.stored(name) * float("nan")
+        folding.HeldBase, "as_held", lambda self, name: own(self, name) * float("nan")
     )
     problems = refusal(merged_folder, registry, base_of("bert"), KINDS["lora"])
     assert problems[0].endswith("the merged tensor holds NaN or Inf; nothing is written")
@@ -247,26 +249,23 @@ def test_an_adapter_for_other_modules_is_refused_before_anything_is_written(base
 def planted(monkeypatch, fault):
     """Put a fault into the arithmetic that a merge must find out."""
     if fault == "nothing is merged":
-        monkeypatch.setattr(LoraLinear, "merge", lambda self, *_, **__: None)
+        monkeypatch.setattr(folding.Fold, "blocks", lambda self, name: iter([self.base(name)]))
     elif fault == "merged twice":
-        own = LoraLinear.merge
+        own_factors = folding.Fold._plain_factors
 
-        def twice(self, *arguments, **keys):
-            own(self, *arguments, **keys)
-            self.merged_adapters.clear()
-            own(self, *arguments, **keys)
+        def twice(self, name):
+            factors = own_factors(self, name)
+            return factors and (*factors[:2], 2 * factors[2])
 
-        monkeypatch.setattr(LoraLinear, "merge", twice)
+        monkeypatch.setattr(folding.Fold, "_plain_factors", twice)
     elif fault == "the head is lost":
         monkeypatch.setattr(folding, "_saved_modules", lambda *_: {})
     elif fault == "one shard keeps the base's tensors":
-        own_value = writing._value
+        own = folding.Fold.blocks
         monkeypatch.setattr(
-            writing,
-            "_value",
-            lambda fold, name, form: (
-                fold.base.stored(name) if ".0." in name else own_value(fold, name, form)
-            ),
+            folding.Fold,
+            "blocks",
+            lambda self, name: iter([self.base(name)]) if ".0." in name else own(self, name),
         )
 
 
@@ -276,7 +275,7 @@ def planted(monkeypatch, fault):
 )
 def test_a_merge_that_went_wrong_leaves_nothing(base_of, registry, monkeypatch, fault):
     planted(monkeypatch, fault)
-    with pytest.raises(Exception, match=r"verification: |changes no tensor|missing"):
+    with pytest.raises(Exception, match=r"verification: |changes no tensor|no such tensor|missing"):
         merged_folder(registry, base_of("bert"), KINDS["lora"])
     assert not (registry.root.parent / "merged").exists()
 
@@ -303,7 +302,7 @@ def test_a_full_disk_leaves_nothing(base_of, registry, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "save_file", full)
+    monkeypatch.setattr(writing, "write_shard", full)
     problems = refusal(merged_folder, registry, base_of("bert"), KINDS["lora"])
     target = registry.root.parent / "merged"
     assert problems == [
