@@ -51,11 +51,13 @@ def _said(error: BaseException) -> str:
     names = [type(e).__name__ for e in chain(error)]
     if any("Timeout" in name for name in names):
         return "no answer in time; check the network, then try again"
+    if "TooManyRedirects" in names:
+        return "redirects without end; check the address"
     reasons = [e.strerror for e in chain(error) if isinstance(e, OSError) and e.strerror]
     root = list(chain(error))[-1]
     reason = plain(reasons[-1] if reasons else root) or type(root).__name__
     if any(name in ("NewConnectionError", "NameResolutionError", "ConnectError") for name in names):
         return f"cannot be reached ({reason}); check the address and the network"
     if any(isinstance(e, OSError) for e in chain(error)):
-        return f"the connection failed ({reason}); try again, what arrived is kept"
+        return f"the connection failed ({reason}); try again"
     return f"answers what cannot be understood ({reason})"

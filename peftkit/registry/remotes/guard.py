@@ -78,7 +78,7 @@ def kind_of(address: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether a host, without a port, is this machine by its name alone."""
-    return host == "localhost" or (_is_address(host) and kind_of(host) == "loopback")
+    return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 
 
 def addresses_of(host: str) -> list[str]:
@@ -103,7 +103,7 @@ def _place(url: str) -> str:
 
 def _is_address(host: str) -> bool:
     try:
-        ip_address(host.partition("%")[0])
+        ip_address(host)
     except ValueError:
         return False
     return True
