@@ -4,6 +4,7 @@ Called by `hub`. As it comes, that client waits for ever, sleeps as long as a se
 token to whatever address of a file's upload a server names, and draws on stderr.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
@@ -79,7 +80,9 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(CRITICAL)
     disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of its own way to call httpx2
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if drawn:
