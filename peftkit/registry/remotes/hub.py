@@ -121,18 +121,19 @@ class HubRemote:
         return str(commit.oid)
 
     def _get(self, name: str) -> "Response":
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub import constants, get_token, hf_hub_url
 
         with contained(self.address):
             url = hf_hub_url(
                 self.address.repository, name, revision=self._revision, endpoint=self._endpoint
             )
-            response = self._session.get(url, headers=build_hf_headers(), stream=True)
+            token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            response = self._session.get(url, headers=headers, stream=True)
         if response.status_code == 200:
             return response
-        headers = response.headers
-        raise RegistryError(self._refusal(response.status_code, headers.get("X-Error-Code"), name))
+        code = response.headers.get("X-Error-Code")
+        raise RegistryError(self._refusal(response.status_code, code, name))
 
     def _body(self, response: "Response") -> Iterator[bytes]:
         with contained(self.address):

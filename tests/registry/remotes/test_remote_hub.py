@@ -29,10 +29,13 @@ def hub_is_at(url, monkeypatch):
 def hub(monkeypatch):
     """The stand-in, in the Hub's place."""
     from huggingface_hub import close_session, constants
+    from huggingface_hub.utils import _detect_agent
 
     with HubServer() as running:
         hub_is_at(running.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # It would ask the Hub, once, which tools for agents there are.
+        monkeypatch.setattr(_detect_agent, "_registry", _detect_agent._EMPTY_REGISTRY)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         yield running
         close_session()
