@@ -141,7 +141,8 @@ class OciRemote:
             response = self._once(url, method, data, headers=headers, stream=stream)
             if response.status_code in (401, 403) and self._log_in(response):
                 response = self._once(url, method, data, headers=headers, stream=stream)
-            if response.status_code >= 400 and (method, response.status_code) != ("HEAD", 404):
+            absent = (method, response.status_code) == ("HEAD", 404)
+            if response.status_code // 100 != 2 and not absent:
                 raise RegistryError(f"{self.address}: {self._refusal(response)}")
             return response
 

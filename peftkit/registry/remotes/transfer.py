@@ -4,6 +4,7 @@ Called by the CLI. What travels is what lies in the store, to the byte: the mani
 the files. So a version has one digest everywhere.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from peftkit.registry.remotes.address import Address, HubAddress, OciAddress, pa
 from peftkit.registry.root import nearest_existing
 from peftkit.registry.store import Registry
 from peftkit.registry.versions import INFO_LINK
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Remote(Protocol):
@@ -54,11 +57,7 @@ def push(registry: Registry, reference: str, remote: str) -> Pushed:
             reached, refuses, or fails half-way; trying again goes on.
     """
     address = parse_address(remote)
-    if isinstance(address, OciAddress) and address.digest:
-        raise RegistryError(
-            f"{address}: a digest follows from what is pushed; "
-            f"name a tag, such as oci://{address.host}/{address.repository}:v1"
-        )
+    _check_movable(address)
     stored = registry.find(reference)
     contents = registry.contents(stored)
     with _opened(address) as opened:
@@ -87,6 +86,20 @@ def pull(registry: Registry, remote: str, *, save_as: str | None = None) -> Stor
         decode(data, info, where=str(address))
         files = {file: opened.blob(file, digest) for file, digest in manifest.files.items()}
     return registry.receive(name, files, info=info, manifest=data)
+
+
+def _check_movable(address: Address) -> None:
+    """Refuse an address that means the same bytes for ever."""
+    if isinstance(address, OciAddress) and address.digest:
+        raise RegistryError(
+            f"{address}: a digest follows from what is pushed; "
+            f"name a tag, such as oci://{address.host}/{address.repository}:v1"
+        )
+    if isinstance(address, HubAddress) and _COMMIT.fullmatch(address.revision or ""):
+        raise RegistryError(
+            f"{address}: a commit follows from what is pushed; "
+            f"name a branch, such as hf://{address.repository}@main"
+        )
 
 
 @contextmanager

@@ -7,12 +7,13 @@ import io
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from peftkit.errors import RegistryError
 from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import MAX_DOCUMENT_BYTES
 from peftkit.registry.remotes.failures import CONNECT_SECONDS, READ_SECONDS
-from peftkit.registry.remotes.guard import Guard
+from peftkit.registry.remotes.guard import Guard, is_loopback
 
 if TYPE_CHECKING:
     from requests import PreparedRequest, Response, Session
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_REDIRECTS = 5
 MIN_BYTES_PER_SECOND = 4096
-"""What a body may take beyond `READ_SECONDS`: a byte a minute is no transfer."""
+"""How slow a body may come once `READ_SECONDS` have passed: a byte a minute is no transfer."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -65,6 +66,8 @@ def _adapter(guard: Guard) -> "HTTPAdapter":
             proxies: dict[str, str] | None = None,
         ) -> "Response":
             url = str(request.url)
+            if is_loopback(urlsplit(url).hostname or ""):
+                proxies = None  # to a proxy, that name means the proxy's own machine
             guard.check(url, resolve=not select_proxy(url, proxies))
             limits = (CONNECT_SECONDS, READ_SECONDS)
             response = super().send(request, True, limits, verify, cert, proxies)
@@ -129,13 +132,12 @@ def at_most(chunks: Iterable[bytes], limit: int, *, where: str) -> bytes:
     Raises:
         RegistryError: more than `limit` bytes, or so slow that it would never end.
     """
-    taken, size = [], 0
-    deadline = time.monotonic() + READ_SECONDS + limit / MIN_BYTES_PER_SECOND
+    taken, size, start = [], 0, time.monotonic()
     for chunk in chunks:
         size += len(chunk)
         if size > limit:
             raise RegistryError(f"{where}: more than {limit} bytes; refused")
-        if time.monotonic() > deadline:
+        if time.monotonic() - start > READ_SECONDS + size / MIN_BYTES_PER_SECOND:
             raise RegistryError(
                 f"{where}: slower than {MIN_BYTES_PER_SECOND} bytes a second; try again"
             )

@@ -116,6 +116,13 @@ def test_a_push_that_fails_half_way_leaves_no_tag_and_goes_on(store, elsewhere, 
     assert str(pull(elsewhere, address)) == "toy@v1"
 
 
+def test_an_answer_that_is_no_success_is_none(store, server, address):
+    server.override = lambda ask: Reply(304) if ask.method == "PUT" else None
+    assert problem_of(push, store, "toy", address) == (
+        f"{address}: the registry refused PUT (HTTP 304, Not Modified); try again later"
+    )
+
+
 def test_a_registry_that_keeps_other_bytes_is_found_out(store, server, address):
     other = f"sha256:{'1' * 64}"
     server.override = lambda ask: (

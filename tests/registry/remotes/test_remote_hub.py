@@ -112,6 +112,14 @@ def test_all_files_are_of_one_commit_though_another_push_comes_between(
     assert hub.commits == 3
 
 
+def test_a_commit_is_not_pushed_to(store, hub):
+    address = f"{ADDRESS}@{commit_of(7)}"
+    assert problem_of(push, store, "toy", address) == (
+        f"{address}: a commit follows from what is pushed; name a branch, such as hf://me/toy@main"
+    )
+    assert hub.asked == []
+
+
 def test_the_token_goes_to_the_hub_and_to_no_other_host(store, elsewhere, hub):
     hub.tokens = {"hf_secret"}
     push(store, "toy", ADDRESS)

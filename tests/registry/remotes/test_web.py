@@ -4,11 +4,11 @@ import socket
 import threading
 
 import pytest
-from loopback import Reply
+from loopback import Reply, Server
 from remote_deltas import problem_of, refused_pull
 
 from peftkit.errors import RegistryError
-from peftkit.registry.remotes import push, web
+from peftkit.registry.remotes import pull, push, web
 from peftkit.registry.remotes.address import parse_address
 from peftkit.registry.remotes.guard import Guard
 from peftkit.registry.remotes.oci import open_oci
@@ -55,6 +55,14 @@ def test_a_name_that_changes_its_address_is_caught_when_connected(
         "from there only public addresses are allowed"
     )
     assert server.paths("GET") == []
+
+
+def test_this_machine_is_not_spoken_to_through_a_proxy(store, elsewhere, address, monkeypatch):
+    with Server() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        push(store, "toy", address)
+        assert str(pull(elsewhere, address)) == "toy@v1"
+        assert proxy.asked == []
 
 
 def test_redirects_end(elsewhere, server, address, pushed):
