@@ -133,7 +133,7 @@ class HubRemote:
         if response.status_code == 200:
             return response
         code = response.headers.get("X-Error-Code")
-        raise RegistryError(self._refusal(response.status_code, code, name))
+        raise RegistryError(self._refusal(response.status_code, code, name=name))
 
     def _body(self, response: "Response") -> Iterator[bytes]:
         with contained(self.address):
@@ -157,7 +157,7 @@ class HubRemote:
                 raise
 
     def _refusal(
-        self, status: int, code: str | None, name: str | None = None, *, detail: str = ""
+        self, status: int, code: str | None, *, name: str | None = None, detail: str = ""
     ) -> str:
         answer = f"HTTP {status}{f', {detail}' if detail else ''}"
         login = "log in with `hf auth login`"

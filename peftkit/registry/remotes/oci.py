@@ -99,7 +99,9 @@ class OciRemote:
             if sha256 != manifest and not self._client.blob_exists(layer, self._container):
                 self._upload(layer["digest"], data)
         headers = {"Content-Type": MANIFEST_TYPE}
-        answer = self._request(self._url("manifest"), "PUT", contents.manifest, headers)
+        answer = self._request(
+            self._url("manifest"), "PUT", data=contents.manifest, headers=headers
+        )
         kept = answer.headers.get(_DIGEST_HEADER, stored.digest)
         if kept != stored.digest:
             raise RegistryError(
@@ -115,7 +117,7 @@ class OciRemote:
         with contained(self.address):
             place = urljoin(start.url, start.headers["Location"])
             place = append_url_params(place, {"digest": digest})
-        self._request(place, "PUT", data, _BINARY)
+        self._request(place, "PUT", data=data, headers=_BINARY)
 
     def _url(self, what: str) -> str:
         return f"{self._client.prefix}://{getattr(self._container, f'{what}_url')()}"
@@ -128,6 +130,7 @@ class OciRemote:
         self,
         url: str,
         method: str = "GET",
+        *,
         data: bytes | None = None,
         headers: dict[str, str] | None = None,
         stream: bool = False,
@@ -138,9 +141,9 @@ class OciRemote:
             RegistryError: any answer but success, and but 404 to a HEAD.
         """
         with contained(self.address):
-            response = self._once(url, method, data, headers=headers, stream=stream)
+            response = self._once(url, method, data=data, headers=headers, stream=stream)
             if response.status_code in (401, 403) and self._log_in(response):
-                response = self._once(url, method, data, headers=headers, stream=stream)
+                response = self._once(url, method, data=data, headers=headers, stream=stream)
             absent = (method, response.status_code) == ("HEAD", 404)
             if response.status_code // 100 != 2 and not absent:
                 raise RegistryError(f"{self.address}: {self._refusal(response)}")
@@ -150,8 +153,8 @@ class OciRemote:
         self,
         url: str,
         method: str,
-        data: bytes | None,
         *,
+        data: bytes | None,
         headers: dict[str, str] | None,
         stream: bool,
     ) -> "Response":
@@ -164,6 +167,8 @@ class OciRemote:
 
     def _log_in(self, response: "Response") -> bool:
         """Whether there is something new to try. oras takes a Basic challenge for a token's."""
+        if not self._guard.is_origin(response.url):
+            return False  # another host would name a server of its own for the password
         challenge = response.headers.get("WWW-Authenticate", "")
         before = self._authorization
         if challenge.lower().startswith("basic"):

@@ -134,6 +134,18 @@ def test_credentials_go_to_no_other_host(store, elsewhere, server, address, tmp_
         assert not [ask for ask in other.asked if "authorization" in ask.headers]
 
 
+def test_another_host_cannot_ask_for_the_password(elsewhere, server, address, tmp_path, pushed):
+    with_login(tmp_path, server.host)
+    with OciServer("localhost") as other:
+        given = []
+        other.override = token_wall(other.url, given)
+        server.override = lambda ask: (
+            Reply(307, headers={"Location": other.url + ask.path}) if "blobs" in ask.path else None
+        )
+        assert "authentication needed (HTTP 401" in refused_pull(elsewhere, address)
+        assert given == []
+
+
 def test_a_netrc_does_not_take_the_place_of_a_login(elsewhere, server, address, tmp_path):
     (tmp_path / "home").mkdir()
     netrc = tmp_path / "home/.netrc"

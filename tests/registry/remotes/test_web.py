@@ -104,7 +104,7 @@ def test_a_slow_upload_may_take_longer_than_a_connection(store, monkeypatch):
         thread.start()
         port = listening.getsockname()[1]
         with open_oci(parse_address(f"oci://127.0.0.1:{port}/a:b")) as remote:
-            answer = remote._request(f"http://127.0.0.1:{port}/x", "PUT", data)
+            answer = remote._request(f"http://127.0.0.1:{port}/x", "PUT", data=data)
         thread.join()
     assert (answer.status_code, taken[0] >= len(data)) == (201, True)
 
@@ -113,8 +113,8 @@ def take_slowly(listening, size, taken):
     connection, _ = listening.accept()
     with connection:
         got, pause = 0, threading.Event()
-        while got < size:
-            got += len(connection.recv(200_000))
+        while got < size and (data := connection.recv(200_000)):
+            got += len(data)
             pause.wait(0.05)
         taken.append(got)
         connection.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
