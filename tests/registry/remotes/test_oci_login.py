@@ -114,6 +114,13 @@ def test_a_token_server_that_talks_nonsense_is_one_line(elsewhere, server, addre
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_token_that_is_refused_is_said_once(elsewhere, server, address, caplog):
+    wall = token_wall(server.url, [])
+    server.override = lambda ask: Reply(403) if ask.path == "/token" else wall(ask)
+    assert "authentication needed (HTTP 401" in refused_pull(elsewhere, address)
+    assert caplog.records == []  # oras would log an error, which Python writes to stderr
+
+
 def test_credentials_go_to_no_other_host(store, elsewhere, server, address, tmp_path):
     """Neither by a redirect of a blob nor by the place of an upload."""
     login = with_login(tmp_path, server.host)
