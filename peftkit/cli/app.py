@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, doctor, plugins, recipes, run, scoring, shipped, store
+from peftkit.cli import adapters, doctor, plugins, recipes, remotes, run, scoring, shipped, store
 
 
 def build_app() -> typer.Typer:
@@ -30,6 +30,7 @@ def build_app() -> typer.Typer:
     group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The stored deltas.")
     adapters.add_to(group)
     store.add_to(group)
+    remotes.add_to(group)
     app.add_typer(group, name="adapters")
     doctor.add_to(app)
     plugins.add_to(app)

@@ -58,8 +58,11 @@ class _Descriptor(_Lenient):
         return FileDigest(size=self.size, sha256=self.digest.removeprefix("sha256:"))
 
 
+class _Artifact(_Lenient):
+    artifactType: str | None = None
+
+
 class _Manifest(_Lenient):
-    artifactType: str
     config: _Descriptor
     layers: list[_Descriptor]
 
@@ -92,12 +95,13 @@ def decode_manifest(data: bytes, where: Path | str) -> VersionManifest:
     Raises:
         RegistryError: not a manifest of a delta, or one with unexpected files.
     """
-    manifest = _read(data, where, _Manifest)
-    if manifest.artifactType != ARTIFACT_TYPE:
+    found = _read(data, where, _Artifact).artifactType
+    if found != ARTIFACT_TYPE:
         raise RegistryError(
             f"{where}: not a delta, expected artifactType {ARTIFACT_TYPE}, "
-            f"found {manifest.artifactType[:100]!r}"
+            f"found {repr(found[:100]) if found else 'none'}"
         )
+    manifest = _read(data, where, _Manifest)
     names = [layer.annotations.get(TITLE, "") for layer in manifest.layers]
     if len(set(names)) < len(names) or not set(names) <= _KNOWN_FILES:
         raise RegistryError(

@@ -115,7 +115,7 @@ def encode_info(info: DeltaInfo) -> bytes:
     return data
 
 
-def decode_info(data: bytes, where: Path) -> DeltaInfo:
+def decode_info(data: bytes, where: Path | str) -> DeltaInfo:
     """Read what `encode_info` wrote; the caller has verified the bytes.
 
     Raises:
@@ -134,7 +134,7 @@ def decode_info(data: bytes, where: Path) -> DeltaInfo:
         raise RegistryError(f"{where}: damaged info, not readable as JSON ({reason})") from error
 
 
-def _refuse_newer(payload: Any, where: Path) -> None:
+def _refuse_newer(payload: Any, where: Path | str) -> None:
     version = payload.get("schema_version") if isinstance(payload, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise RegistryError(

@@ -40,7 +40,7 @@ def check_name(name: str) -> None:
     """
     problem = name_problem(name)
     if problem:
-        raise RegistryError(f"delta name {_shown(name)}: {problem}")
+        raise RegistryError(f"delta name {shown(name)}: {problem}")
 
 
 def name_problem(name: str) -> str | None:
@@ -66,7 +66,7 @@ def check_tag(tag: str) -> None:
     """
     problem = name_problem(tag)
     if problem:
-        raise RegistryError(f"tag {_shown(tag)}: {problem}")
+        raise RegistryError(f"tag {shown(tag)}: {problem}")
 
 
 def parse_reference(reference: str) -> Reference:
@@ -85,7 +85,7 @@ def parse_reference(reference: str) -> Reference:
         return Reference(name, digest=selector)
     if name_problem(selector):
         raise RegistryError(
-            f"reference {_shown(reference)}: version {_shown(selector)} is unreadable; expected "
+            f"reference {shown(reference)}: version {shown(selector)} is unreadable; expected "
             f"'{name}', '{name}@latest', '{name}@v1', a tag or '{name}@sha256:' and 64 hex digits"
         )
     return Reference(name, tag=selector)
@@ -110,7 +110,7 @@ def listed(folder: Path) -> list[str]:
         raise RegistryError(f"{folder}: cannot be listed ({error.strerror})") from error
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Quoted on one line, whatever it holds, and not longer than a line."""
     cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
     return repr(cut)

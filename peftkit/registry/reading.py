@@ -160,7 +160,7 @@ def links_of(manifest: bytes) -> dict[str, str]:
     return {**files, **own}
 
 
-def decode(manifest: bytes, info: bytes, *, where: Path) -> tuple[VersionManifest, DeltaInfo]:
+def decode(manifest: bytes, info: bytes, *, where: Path | str) -> tuple[VersionManifest, DeltaInfo]:
     """A version's manifest and info, which fit together.
 
     Raises:
