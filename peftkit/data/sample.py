@@ -190,6 +190,12 @@ def make_sample(name: str) -> dict[str, list[dict[str, Any]]]:
     return {"train": _rows(_Writer(rng, unseen=False), 4000, seen), "validation": validation}
 
 
+def sample_sentences(count: int) -> list[str]:
+    """A few sentences like those of `reviews`, the same in every process."""
+    writer = _Writer(random.Random("peftkit sentences"), unseen=True)
+    return [row["sentence"] for row in _rows(writer, count, set())]
+
+
 def sample_dataset(name: str, split: str) -> "datasets.Dataset":
     """One split of a sample, its labels with their names."""
     from datasets import ClassLabel, Dataset, Features, Value

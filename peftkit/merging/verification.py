@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from peftkit.contracts import Delta
-from peftkit.data.sample import make_sample
+from peftkit.data.sample import sample_sentences
 from peftkit.errors import RegistryError
 from peftkit.modeling.deltas import apply_delta
 from peftkit.modeling.loading import load_model
@@ -79,10 +79,9 @@ def probe(folder: Path) -> list[dict[str, Tensor]]:
     draw = random.Random(0)
     special = set(tokenizer.all_special_ids)
     words = [i for i in range(len(tokenizer)) if i not in special]
-    rows = make_sample("reviews")["validation"][:PROBE_SENTENCES]
     found = []
-    for row in rows:
-        encoded = tokenizer(row["sentence"], truncation=True, max_length=MAX_PROBE_TOKENS)
+    for sentence in sample_sentences(PROBE_SENTENCES):
+        encoded = tokenizer(sentence, truncation=True, max_length=MAX_PROBE_TOKENS)
         ids = list(encoded["input_ids"])
         drawn = [i if i in special else draw.choice(words) for i in ids]
         found += [{**encoded, "input_ids": one} for one in (ids, drawn)]

@@ -19,6 +19,16 @@ from peftkit.registry.loading import load_delta
 
 KINDS = {name: stored_deltas.SECTIONS[name] for name in stored_deltas.SECTIONS if name != "prefix"}
 EVERYWHERE = ("full", "top_layers", "lora", "rslora", "dora", "lora-tokens")
+QUICK = {"bert full", "bert top_layers", "bert lora", "bert dora", "bert saved", "bert ia3"}
+QUICK |= {"gpt2 lora", "llama lora", "llama full", "bert True"}
+
+
+def cases(*rows):
+    """Parameters of which all but a few wait for the full check."""
+    return [
+        row if " ".join(map(str, row)) in QUICK else pytest.param(*row, marks=pytest.mark.slow)
+        for row in rows
+    ]
 
 
 @pytest.fixture
@@ -49,8 +59,10 @@ def refusal(action, *arguments, **keys):
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("bert", kind) for kind in KINDS]
-    + [(model, kind) for model in ("gpt2", "llama", "distilbert") for kind in EVERYWHERE],
+    cases(
+        *(("bert", kind) for kind in KINDS),
+        *((model, kind) for model in ("gpt2", "llama", "distilbert") for kind in EVERYWHERE),
+    ),
 )
 def test_transformers_alone_opens_a_merged_model_that_answers_as_trained(
     base_of, registry, architecture, kind
@@ -112,8 +124,10 @@ def test_a_base_in_16_bits_stays_in_16_bits(tmp_path, base_of, registry):
     assert model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "double_quant"),
+    cases(*((model, double) for model in ("bert", "gpt2", "llama") for double in (True, False))),
+)
 def test_qlora_folds_into_the_base_as_4_bits_left_it(base_of, registry, architecture, double_quant):
     section = stored_deltas.QLORA | {"double_quant": double_quant}
     merged = merged_folder(registry, base_of(architecture), section)
@@ -125,7 +139,10 @@ def test_qlora_folds_into_the_base_as_4_bits_left_it(base_of, registry, architec
 
 
 @pytest.mark.parametrize("target", ["original", "quantised"])
-@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["bert", *(pytest.param(model, marks=pytest.mark.slow) for model in ("gpt2", "llama"))],
+)
 def test_other_targets_are_written_when_asked_for(base_of, registry, target, architecture):
     options = MergeOptions(target=target)
     merged = merged_folder(registry, base_of(architecture), stored_deltas.QLORA, options=options)
