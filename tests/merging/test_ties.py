@@ -1,10 +1,11 @@
 """A language model whose output embedding is its input embedding survives a merge, or has none."""
 
+import shutil
+
 import pytest
 import stored_deltas
 import tiny_runs
 import torch
-from conftest import save_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -41,11 +42,11 @@ def registry(tmp_path) -> Registry:
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def base(request, tmp_path):
+def base(request, tmp_path, base_of):
+    shutil.copytree(base_of("llama"), tmp_path / "base")  # for its tokenizer
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, tie_word_embeddings=request.param)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
     return tmp_path / "base", request.param
 
 
