@@ -4,7 +4,7 @@ Called by `combining` and `extraction`. Each side of a comparison has the memory
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,26 +28,11 @@ from peftkit.modeling.base_tensors import BaseTensors
 from peftkit.modeling.deltas import apply_weights
 from peftkit.modeling.loading import load_model
 from peftkit.registry.fitting import load_options, model_spec
-from peftkit.registry.manifest import DeltaInfo, Verification
+from peftkit.registry.manifest import DeltaInfo
 from peftkit.registry.store import Registry, StoredDelta
 from peftkit.registry.tensors import delta_from_files, delta_to_files
 
-
-@dataclass(frozen=True)
-class Drift:
-    """How far a delta is from what it stands for."""
-
-    relative_distance: float
-    """‖found - expected‖ / ‖expected‖ over the changes below the heads."""
-    max_abs_difference: float
-    """Largest difference of two logits on the probe."""
-    kl_divergence: float
-    """KL(expected ‖ found) in nats, mean over the probe."""
-    top1_agreement: float
-
-    def plain(self) -> dict[str, float]:
-        """As JSON."""
-        return asdict(self)
+_DRIFT = {"max_abs_difference", "kl_divergence", "top1_agreement"}
 
 
 def checked(
@@ -57,7 +42,7 @@ def checked(
     expected: Iterable[tuple[str, Tensor]],
     *,
     exact: bool,
-) -> tuple[Verification, Drift]:
+) -> DeltaInfo:
     """Write and read the delta in memory, and compare what it answers on a freshly loaded base.
 
     Args:
@@ -68,7 +53,8 @@ def checked(
         exact: Whether it must answer as `expected` does, and not only as it did before writing.
 
     Returns:
-        The comparison that had a bound, and how far the delta is from `expected`.
+        `info` with the comparison that had a bound, and in its `method` the drift: how far the
+        delta is from `expected` in the norm of its changes, and in what it answers.
 
     Raises:
         RegistryError: beyond the bound.
@@ -76,17 +62,19 @@ def checked(
     rows, tensors = probe(folder), BaseTensors(folder)
     again = delta_from_files(delta.kind, delta_to_files(delta, base=tensors), base=tensors)
     found = answers(trained_model(folder, info, again), rows)
-    verification = compared(
-        answers(trained_model(folder, info, delta), rows), found, SAME_ARITHMETIC
-    )
+    written = answers(trained_model(folder, info, delta), rows)
+    verification = compared(written, found, SAME_ARITHMETIC)
     distance, values = _distance(folder, info, again, expected)
     wanted = answers(_model_of(folder, info, values), rows)
     bound = SAME_4_BITS if info.quantisation else SAME_ARITHMETIC
-    drift = compared(wanted, found, bound if exact else Bound())
-    figures = drift.model_dump(
-        include={f for f in Drift.__annotations__ if f in drift.model_fields_set}
+    apart = compared(wanted, found, bound if exact else Bound())
+    drift = {"relative_distance": distance, **apart.model_dump(include=_DRIFT)}
+    return info.model_copy(
+        update={
+            "verification": apart if exact else verification,
+            "method": {**info.method, "drift": drift},
+        }
     )
-    return (drift if exact else verification), Drift(distance, **figures)
 
 
 def _distance(

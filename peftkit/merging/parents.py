@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from peftkit.errors import RegistryError
 from peftkit.merging.folding import Fold, empty_model
 from peftkit.merging.held_base import HeldBase
-from peftkit.merging.sources import Source, Sources
+from peftkit.merging.sources import Source, Sources, head_of
 from peftkit.modeling.parameters import head_modules
 
 
@@ -33,7 +33,8 @@ class Parents:
         self.base = HeldBase(folder, sources.head.info)
         self.shell = empty_model(folder, sources.head.info, self.base.files)
         self._shapes = {name: p.shape for name, p in self.shell.named_parameters()}
-        self._foreign = frozenset().union(*map(self._heads_of, sources.every))
+        heads = {head_of(source.info): source for source in sources.every}
+        self._foreign = frozenset().union(*map(self._heads_of, heads.values()))
         self.head_names = self._heads_of(sources.head)
         if sources.average_heads and self.head_names and not sum(sources.weights):
             raise RegistryError(

@@ -126,8 +126,7 @@ def _other_bases(sources: Sequence[Source]) -> list[str]:
         "tokenizer": lambda info: info.tokenizer_digest,
         "config": lambda info: info.base_config,
         "quantisation": lambda info: _quantisation(info),
-        "precision": lambda info: str(held_by(info).dtype).removeprefix("torch."),
-        "mixed precision": lambda info: info.model["mixed_precision"],
+        "precision": lambda info: _precision(info),
     }
     problems = []
     for source in sources[1:]:
@@ -147,21 +146,27 @@ def _quantisation(info: DeltaInfo) -> str:
     return f"{info.quantisation.quant_type} (double_quant {info.quantisation.double_quant})"
 
 
+def _precision(info: DeltaInfo) -> str:
+    held = str(held_by(info).dtype).removeprefix("torch.")
+    return f"{held} (mixed precision {info.model['mixed_precision']})"
+
+
 def _other_heads(sources: Sequence[Source]) -> list[str]:
     return [
-        f"{source}: its head is {_head(source.info)}, that of {sources[0]} is "
-        f"{_head(sources[0].info)}; only equal heads are averaged, so name the delta whose head "
+        f"{source}: its head is {head_of(source.info)}, that of {sources[0]} is "
+        f"{head_of(sources[0].info)}; only equal heads are averaged, so name the delta whose head "
         "the result takes with head_from"
         for source in sources[1:]
-        if _head(source.info) != _head(sources[0].info)
+        if head_of(source.info) != head_of(sources[0].info)
     ]
 
 
-def _head(info: DeltaInfo) -> str:
-    kind = info.model["config"].get("problem_type") or "of no problem_type"
+def head_of(info: DeltaInfo) -> str:
+    """What the head of a delta answers, in words that differ where heads do."""
+    config = info.model["config"]
     labels = f"for {', '.join(info.labels)}" if info.labels else "without labels"
-    count = info.model["config"].get("num_labels")
-    return f"{info.model['auto_class']} {labels} ({count} outputs, {kind})"
+    outputs = f"{config.get('num_labels')} outputs, {config.get('problem_type')}"
+    return f"{info.model['auto_class']} {labels} ({outputs})"
 
 
 def _unfit(sources: Sequence[Source], combine: str, on_factors: bool) -> list[str]:
