@@ -1,4 +1,4 @@
-"""A combined delta is the weighted sum where its method is exact, and is verified before it exists."""
+"""A combined delta is a weighted sum where its method is exact, and verified before it exists."""
 
 import pytest
 import tiny_runs
