@@ -122,11 +122,9 @@ def test_a_change_in_16_bits_is_measured_from_the_base_that_was_held(base_of, tm
     store(registry, base_of("bert"), "delta", section, precision="bf16")
     info = extract(registry, "delta", rank=16, save_as="small").stored.info
     assert info.method["norm_held_in_layers"] == pytest.approx(1, abs=1e-9)
-    whole = section["type"] == "full"
-    assert info.model.get("keeps_float32", False) is whole
-    assert info.model["frozen"] is True
+    assert (info.model["frozen"], info.model["keeps_float32"]) == (True, True)
     dtypes = {p.dtype for p in load_delta("small", registry=registry).model.parameters()}
-    assert dtypes == ({torch.float32} if whole else {torch.float32, torch.bfloat16})
+    assert dtypes == {torch.float32}
 
 
 def test_a_wide_layer_is_approximated_within_what_it_says(monkeypatch):
