@@ -128,7 +128,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: every problem of the file and the overrides, one line each.
     """
-    document = yaml_source.parse(_read(path), str(path))
+    document = yaml_source.load(path)
     if not isinstance(document.value, dict):
         raise RecipeError(f"{path}: must be a mapping with the keys base, task, method, training")
     origins, problems = _apply(document.value, overrides)
@@ -136,21 +136,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         document.value["name"] = re.sub(r"[^a-z0-9._-]", "_", path.stem.lower())
         origins["name",] = f"{path}: from the file's name, as the recipe has none"
     return _validate(document, origins, path, problems)
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(yaml_source.MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(content) > yaml_source.MAX_BYTES:
-        raise RecipeError(f"{path}: larger than {yaml_source.MAX_BYTES} bytes")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{path}:{line}: not UTF-8 text") from error
 
 
 def from_resolved(content: dict[str, Any]) -> Recipe:

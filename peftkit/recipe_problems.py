@@ -1,6 +1,6 @@
 """Wording what is wrong with a recipe: `file:line: key: problem, nearest name`.
 
-Called by `recipe`; imports the bottom of the order only.
+Called by `recipe` and by the plan of a merge; imports the bottom of the order only.
 """
 
 import json

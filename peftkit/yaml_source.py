@@ -1,12 +1,14 @@
 """Reading YAML that people wrote: YAML 1.2 scalars, no aliases, and the line of every key.
 
-Called by the recipe. PyYAML composes the nodes; the values are built here because its own
-constructor reads `1e-4` as a string and `no` as false, and keeps the last of two equal keys.
+Called by the recipe and by the plan of a merge. PyYAML composes the nodes; the values are built
+here because its own constructor reads `1e-4` as a string and `no` as false, and keeps the last of
+two equal keys.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
@@ -35,6 +37,27 @@ class Document:
 
     value: Any
     lines: dict[Path, int]
+
+
+def load(path: FilePath) -> Document:
+    """Read and parse one file.
+
+    Raises:
+        RecipeError: it cannot be read, is no UTF-8 text, or what `parse` refuses.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{path}: larger than {MAX_BYTES} bytes")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}:{line}: not UTF-8 text") from error
+    return parse(text, str(path))
 
 
 def parse(text: str, where: str) -> Document:

@@ -26,6 +26,7 @@ ORDER = (
     ("modeling",),
     ("methods", "tasks", "training", "memory", "registry", "reporting", "serving"),
     ("merging",),
+    ("scoring",),
     ("recipe",),
     ("run_facts", "run_folder"),
     ("experiment",),

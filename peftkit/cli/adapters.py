@@ -14,7 +14,7 @@ from peftkit.cli.output import JsonFlag, megabytes, note, print_json, print_pair
 from peftkit.errors import RegistryError, UsageError
 
 if TYPE_CHECKING:
-    from peftkit.registry import StoredDelta
+    from peftkit.registry import DeltaInfo, StoredDelta
 
 COLUMNS = ("name", "version", "tags", "method", "task", "base", "metrics", "size", "created")
 SORT_KEYS = ("name", "created", "size")
@@ -224,10 +224,23 @@ def _description(stored: "StoredDelta", tags: list[str]) -> list[tuple[str, str]
         ("trained on", "a sample that peftkit made" if info.stand_in else "the named data"),
         ("run", f"{info.run.record} (seed {info.run.seed}, {info.run.status})"),
         ("recipe digest", info.recipe_digest),
+        *_origin(info),
         ("created", info.created),
     ]
     files = sorted(stored.files.items())
     return pairs + [(f"file {name}", str(file)) for name, file in files]
+
+
+def _origin(info: "DeltaInfo") -> list[tuple[str, str]]:
+    """What a combined or extracted delta was made of, and how it was verified."""
+    found = [
+        ("parent", f"{parent.reference}, weight {parent.weight:g} ({parent.digest})")
+        for parent in info.parents
+    ]
+    if verified := info.verification:
+        distance = f"max |Δlogit| {verified.max_abs_difference:.1e} over {verified.rows} texts"
+        found.append(("verified", f"{distance}, KL {verified.kl_divergence:.1e}"))
+    return found
 
 
 def _metrics(metrics: dict[str, float | None]) -> str:

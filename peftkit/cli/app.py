@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, doctor, plugins, recipes, remotes, run, scoring, shipped, store
+from peftkit.cli import (
+    adapters,
+    doctor,
+    extract,
+    merge,
+    plugins,
+    recipes,
+    remotes,
+    run,
+    scoring,
+    shipped,
+    store,
+)
 
 
 def build_app() -> typer.Typer:
@@ -27,6 +39,8 @@ def build_app() -> typer.Typer:
     recipes.add_to(app)
     shipped.add_to(app)
     scoring.add_to(app)
+    merge.add_to(app)
+    extract.add_to(app)
     group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The stored deltas.")
     adapters.add_to(group)
     store.add_to(group)

@@ -1,38 +1,20 @@
 """The verbs `evaluate` and `predict`: a stored delta, loaded in this process, at work.
 
-Called by `cli.app`; imports torch and the loading inside each verb. The model runs in the mixed
-precision that it was trained in, so that the same inputs give the same numbers.
+Called by `cli.app`; imports torch and the loading inside each verb.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftkit.cli.output import JsonFlag, note, print_json, print_pairs, print_table
-from peftkit.errors import DataError, UsageError
+from peftkit.errors import UsageError
+from peftkit.scoring import Score, accelerator_for, rescore
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from peftkit.registry import DeltaInfo
     from peftkit.registry.loading import LoadedDelta
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name, or name@v2.")]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric as the run recorded it and as it is now; None is "not a finite number"."""
-
-    metric: str
-    recorded: float | None
-    now: float | None
-
-    @property
-    def equal(self) -> bool:
-        """To the last bit: the same inputs in the same precision leave no room for noise."""
-        return self.recorded == self.now
 
 
 def add_to(app: typer.Typer) -> None:
@@ -45,52 +27,30 @@ def evaluate(name: Name, *, as_json: JsonFlag = False) -> None:
     """Score a delta again.
 
     Loads it in this process, scores it on its validation split, and compares with the scores that
-    its run recorded. Exits 1 if one differs.
+    its run recorded. Exits 1 if one differs. A combined or extracted delta has no recorded scores.
     """
     from peftkit.registry.loading import load_delta
     from peftkit.reporting.summary import STAND_IN_LINE
 
     loaded = load_delta(name)
     scores, examples = rescore(loaded)
-    equal = all(score.equal for score in scores)
-    if loaded.stored.info.stand_in:
+    info = loaded.stored.info
+    equal = all(score.equal for score in scores) if info.run.metrics else None
+    if info.stand_in:
         note(STAND_IN_LINE)
     if as_json:
         print_json(_evaluation(loaded, scores) | {"examples": examples, "equal": equal})
+    elif equal is None:
+        print_table(["metric", "now"], [[s.metric, _shown(s.now)] for s in scores])
     else:
         print_table(["metric", "recorded", "now", "equal"], [_row(score) for score in scores])
-    if not equal:
+    if equal is None:
+        parents = ", ".join(parent.reference for parent in info.parents)
+        made = f"made of {parents}; " if parents else ""
+        note(f"{loaded.stored}: {made}no run has scored it, so nothing is compared")
+    elif not equal:
         note(f"{name}: other scores than the run's: the data, libraries or hardware differ")
         raise typer.Exit(1)
-
-
-def rescore(loaded: "LoadedDelta") -> tuple[list[Score], int]:
-    """Metrics on validation beside the recorded ones, and the number of examples.
-
-    Raises:
-        DataError: other validation rows than the run was scored on.
-    """
-    from peftkit.training.evaluation import Evaluator
-
-    info = loaded.stored.info
-    data = loaded.task.load(loaded.tokenizer, seed=info.run.seed)
-    if data.stand_in != info.stand_in:
-        raise DataError(_other_data(info))
-    expected = info.data.get("validation", data.validation.digest)
-    if data.validation.digest != expected:
-        raise DataError(
-            f"{info.task['dataset']}: the run was scored on validation rows of digest {expected}, "
-            f"found {data.validation.digest}; the scores cannot be compared"
-        )
-    accelerator = _accelerator(info)
-    model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
-    batch_size = info.recipe["training"]["per_device_eval_batch_size"]
-    result = Evaluator(accelerator, batch_size).evaluate(model, loaded.task, data.validation)
-    recorded = info.run.metrics
-    names = [*recorded, *(result.metrics.keys() - recorded.keys())]
-    now = {key: _finite(value) for key, value in result.metrics.items()}
-    scores = [Score(key, recorded.get(key), now.get(key)) for key in names]
-    return scores, len(data.validation.rows)
 
 
 def predict(
@@ -129,7 +89,7 @@ def answer_for(loaded: "LoadedDelta", texts: list[str]) -> dict[str, Any]:
     import torch
 
     rows = _encode(loaded, texts)
-    accelerator = _accelerator(loaded.stored.info)
+    accelerator = accelerator_for(loaded.stored.info)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
     batch = {k: v.to(accelerator.device) for k, v in loaded.task.collate(rows).items()}
     with torch.no_grad():
@@ -155,26 +115,6 @@ def _encode(loaded: "LoadedDelta", texts: list[str]) -> Any:
     return encode(loaded.tokenizer, [texts])
 
 
-def _accelerator(info: "DeltaInfo") -> "Accelerator":
-    from accelerate import Accelerator
-
-    return Accelerator(mixed_precision=info.model["mixed_precision"])
-
-
-def _other_data(info: "DeltaInfo") -> str:
-    trained, found = ("peftkit's sample", "the real data")
-    if not info.stand_in:
-        trained, found = found, trained
-    return (
-        f"{info.task['dataset']}: the run was scored on {trained}, found {found}; "
-        "the scores cannot be compared"
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if value - value == 0 else None
-
-
 def _evaluation(loaded: "LoadedDelta", scores: list[Score]) -> dict[str, Any]:
     return {
         "name": loaded.stored.name,
@@ -186,5 +126,9 @@ def _evaluation(loaded: "LoadedDelta", scores: list[Score]) -> dict[str, Any]:
 
 
 def _row(score: Score) -> list[str]:
-    shown = ["-" if value is None else f"{value:.6f}" for value in (score.recorded, score.now)]
-    return [score.metric, *shown, "yes" if score.equal else "no"]
+    equal = "yes" if score.equal else "no"
+    return [score.metric, _shown(score.recorded), _shown(score.now), equal]
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"

@@ -134,8 +134,8 @@ def _apply_adapter(model: PreTrainedModel, delta: Delta) -> nn.Module:
         with warnings.catch_warnings():
             # PEFT still asks transformers for `is_gradient_checkpointing`.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            # In 4 bits GPT-2's layers are stored the other way round, and PEFT puts it right.
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+            # It sets it right for the layer at hand: in 4 bits a GPT-2 has other layers.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             adapted = get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise RegistryError(f"delta: PEFT refuses it: {' '.join(str(error).split())}") from error

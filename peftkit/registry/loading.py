@@ -1,16 +1,17 @@
 """From a name in the registry to a model that answers: base, delta, task and tokenizer.
 
-Called by the `evaluate` and `predict` verbs. The base must be the very one the delta was trained
+Called by the verbs that score and predict. The base must be the very one the delta was trained
 on: its digest and its tokenizer's are checked before anything is put on it.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftkit import plugins
-from peftkit.contracts import Task
+from peftkit.contracts import Delta, Task
 from peftkit.modeling.deltas import apply_delta
 from peftkit.modeling.loading import load_model
 from peftkit.registry.base import base_of
@@ -38,11 +39,20 @@ def load_delta(reference: str, *, registry: Registry | None = None) -> LoadedDel
     """
     registry = registry or Registry(default_root())
     stored = registry.find(reference)
-    base, info = base_of(stored), stored.info
-    delta = registry.read_delta(stored, base=base)
-    model = apply_delta(load_model(base, model_spec(info), load_options(info)), delta)
+    folder = base_of(stored)
+    return on_base(folder, stored, registry.read_delta(stored, base=folder))
+
+
+def on_base(folder: Path, stored: StoredDelta, delta: Delta) -> LoadedDelta:
+    """Put `delta` on the base in `folder`, which is checked, as the info of `stored` says.
+
+    Raises:
+        RegistryError: tensors that do not fit.
+    """
+    info = stored.info
+    model = apply_delta(load_model(folder, model_spec(info), load_options(info)), delta)
     restore_precision(model, held_by(info).dtype, delta)
     task_class = plugins.load("tasks", info.task["type"])
     task = task_class(task_class.Config.model_validate(info.task))
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return LoadedDelta(model.eval(), task, tokenizer, stored)
