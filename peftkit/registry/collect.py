@@ -57,9 +57,14 @@ def collect(root: Path, *, dry_run: bool) -> Collected:
 
 def _needed(versions: Versions) -> set[str]:
     """Hex digest of every blob that a version or a save in work links to."""
-    folders = [versions.path(v) for e in versions.entries() if (v := parse_version(e))]
-    folders += [path for path in versions.staged() if not is_abandoned(path)]
-    needed: set[str] = set()
+    # Saves in work first: one that is published in between is then found among the versions.
+    needed = _linked(versions, [path for path in versions.staged() if not is_abandoned(path)])
+    published = [versions.path(v) for e in versions.entries() if (v := parse_version(e))]
+    return needed | _linked(versions, published)
+
+
+def _linked(versions: Versions, folders: list[Path]) -> set[str]:
+    found: set[str] = set()
     for folder in folders:
         try:
             links = versions.links(folder)
@@ -69,8 +74,8 @@ def _needed(versions: Versions) -> set[str]:
             continue  # published or removed since
         if None in links.values():
             raise RegistryError(f"{folder}: holds what is no link to a blob; verify it first")
-        needed.update(digest for digest in links.values() if digest)
-    return needed
+        found.update(digest for digest in links.values() if digest)
+    return found
 
 
 def _leftovers(root: Path, found: Collected, *, dry_run: bool) -> None:

@@ -30,8 +30,8 @@ from peftkit.registry.reading import Contents, Reader, StoredDelta, decode, link
 from peftkit.registry.root import disk_hint, disk_refusal
 from peftkit.registry.tags import Tags
 from peftkit.registry.tensors import check_files, delta_from_files, delta_to_files, needs_base
-from peftkit.registry.versions import Version, Versions, make_folder
-from peftkit.staging import discard, write_file
+from peftkit.registry.versions import Version, Versions
+from peftkit.staging import discard, make_folder, write_file
 
 if TYPE_CHECKING:
     from peftkit.registry.bit_delta import BaseTensors
@@ -46,7 +46,7 @@ class Registry:
         self.root = root
         self.blobs = Blobs(root)
         self.versions = Versions(root)
-        self.tags = Tags(root)
+        self.tags = Tags(root, self.versions)
         self.reader = Reader(self.blobs, self.versions)
         self.index = Index(root, read=self.reader.listed, restore=self.reader.restore)
         self.lookup = Lookup(self.index)
@@ -167,9 +167,9 @@ class Registry:
         """
         check_tag(tag)
         stored = self.find(reference)
-        meant = self.tags.of(stored.name).get(tag)
         version = Version(stored.name, int(stored.version[1:]))
-        if meant not in (None, version) and not move:
+        meant = version if move else self.tags.of(stored.name).get(tag, version)
+        if meant != version:
             raise RegistryError(
                 f"{stored.name}@{tag}: means v{meant.number} already; move it with --force, "
                 "or take another tag"
@@ -185,9 +185,9 @@ class Registry:
         Raises:
             RegistryError: no such tag.
         """
-        known = self.tags.of(name)
-        if tag not in known:
-            raise RegistryError(f"{self.root}: no tag '{name}@{tag}'; {suggestion(tag, known)}")
+        if not self.tags.has(name, tag):
+            known = suggestion(tag, self.tags.of(name))
+            raise RegistryError(f"{self.root}: no tag '{name}@{tag}'; {known}")
         with disk_refusal(self.root, f"'{name}@{tag}' not removed"):
             self.tags.remove(name, tag)
         self._after(f"{name}@{tag}: removed")
@@ -195,7 +195,8 @@ class Registry:
     def rm(self, reference: str) -> list[str]:
         """Remove a version and its tags, or every version where only a name is given.
 
-        Its blobs stay until `gc`; its number is never used again. Damaged versions go as well.
+        Its blobs stay until `gc`; its number is never used again. Damaged versions go as well. One
+        mark removes a version, and a tag of a removed version means nothing: no state lies between.
 
         Returns:
             `name@v1` of each removed version, then its tags.
@@ -209,8 +210,6 @@ class Registry:
         chosen = self.lookup.versions_of(wanted.name) if "@" not in reference else [found]
         tags = [tag for tag, version in self.tags.of(found.name).items() if version in chosen]
         with disk_refusal(self.root, f"'{reference}' not removed"):
-            for tag in tags:
-                self.tags.remove(found.name, tag)
             for version in chosen:
                 self.versions.remove(version)
         self._after(f"{reference}: removed")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from peftkit.errors import RegistryError
 from peftkit.registry.names import listed, name_problem, version_number
-from peftkit.staging import fsync_path, staging_name
+from peftkit.staging import fsync_path, make_folder, staging_name
 
 MANIFEST_LINK = "oci-manifest.json"
 """Link to the OCI manifest; its target says the manifest's digest."""
@@ -62,6 +62,10 @@ class Versions:
     def gone(self) -> set[str]:
         """`name@vN` of every version that was removed."""
         return set(_entries(self.removed))
+
+    def is_gone(self, version: Version) -> bool:
+        """Whether a version was removed."""
+        return os.path.lexists(self.removed / str(version))
 
     def of(self, name: str) -> list[Version]:
         """The versions of one name, oldest first.
@@ -206,13 +210,3 @@ def _target(link: Path) -> str | None:
     except OSError:
         return None
     return match[1] if match else None
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents, each entry fsynced."""
-    for path in [*reversed(folder.parents), folder]:
-        if not path.exists():
-            path.mkdir(exist_ok=True)
-            fsync_path(path.parent)
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a file lies in the folder's place")

@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 FUNCTIONS = ("open", "fsync", "fchmod", "mkdir", "rename", "replace", "rmdir", "symlink", "unlink")
 """Of `os`, patched beside `io.open` where there is no strace."""
 _OUR_OWN = {"exit_group", "recvfrom", "sendto"}
@@ -36,9 +34,6 @@ def can_trace() -> bool:
     """Whether strace is there and may attach to another process."""
     strace = shutil.which("strace")
     return strace is not None and bool(run(int, "-e", "trace=none").reply)
-
-
-needs_strace = pytest.mark.skipif("not __import__('faults').can_trace()", reason="needs strace")
 
 
 def run(action: Callable[[], object], *options: str) -> Ended:

@@ -9,14 +9,22 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import faults
 import pytest
+from fsync_order import order_problems
 from small_store import adapter, indexed, info, state_of, weights
 
+from peftkit import staging as staging_module
 from peftkit.registry import Registry
+from peftkit.registry import blobs as blobs_module
+from peftkit.registry import versions as versions_module
+from peftkit.registry.blobs import Blobs
+from peftkit.registry.tags import Tags
+from peftkit.registry.versions import Versions
 
 pytestmark = pytest.mark.slow
 
@@ -55,9 +63,9 @@ VERBS = {verb.__name__: verb for verb in (first_save, save, tag, move_tag, untag
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory):
+def filled(fast_factory):
     """Two versions, the second with two tags, one of another name, and what `gc` may take."""
-    root = tmp_path_factory.mktemp("filled") / "store"
+    root = fast_factory() / "store"
     registry = Registry(root)
     registry.save("reviews", adapter(1), info("adapter"))
     registry.save("reviews", adapter(2), info("adapter"))
@@ -112,15 +120,15 @@ def check(root: Path, allowed: list[dict[str, float]]) -> None:
 
 def points(verb: str, filled: Path, folder: Path) -> Iterator[tuple[str, int, Path]]:
     """Every place where the verb can die, and the store that it left."""
-    action: Callable[[Path], None] = VERBS[verb]
     if not faults.can_trace():
         yield from patched_points(verb, filled, folder)
         return
     root = prepared(verb, filled, folder)
-    for kind in faults.kinds(faults.recorded(lambda: action(root), folder)):
+    action = partial(VERBS[verb], root)
+    for kind in faults.kinds(faults.recorded(action, folder)):
         for number in itertools.count(1):
-            root = prepared(verb, filled, folder)
-            if faults.run(lambda: action(root), *faults.killing(kind, number)).reply:  # noqa: B023
+            prepared(verb, filled, folder)
+            if faults.run(action, *faults.killing(kind, number)).reply:
                 break
             yield kind, number, root
 
@@ -129,7 +137,7 @@ def patched_points(verb: str, filled: Path, folder: Path) -> Iterator[tuple[str,
     """The same by Python's own functions, without SQLite's calls."""
     for number in itertools.count(1):
         root = prepared(verb, filled, folder)
-        if faults.dying(lambda: VERBS[verb](root), number).reply:  # noqa: B023
+        if faults.dying(partial(VERBS[verb], root), number).reply:
             break
         yield "call", number, root
 
@@ -156,22 +164,89 @@ def sweep(verb, filled, folder, places) -> tuple[int, list[str]]:
         seen.add(found)
         try:
             check(root, allowed)
-        except Exception as error:  # every bad state is to be told, not the first
-            bad.append(f"{kind} {number}: {' '.join(str(error).split())[:300]}")
-        except AssertionError as error:
+        except (AssertionError, Exception) as error:  # all bad states are told, not the first
             bad.append(f"{kind} {number}: {' '.join(str(error).split())[:300]}")
     return count, bad
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_dying_at_any_call_leaves_the_old_store_or_the_new(verb, filled, tmp_path):
-    count, bad = sweep(verb, filled, tmp_path, points)
+def test_dying_at_any_call_leaves_the_old_store_or_the_new(verb, filled, fast_factory):
+    count, bad = sweep(verb, filled, fast_factory(), points)
     assert count > (150 if faults.can_trace() else 5)
     assert bad == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_dying_at_any_function_of_python_is_the_same(verb, filled, tmp_path):
-    count, bad = sweep(verb, filled, tmp_path, patched_points)
+def test_dying_at_any_function_of_python_is_the_same(verb, filled, fast_factory):
+    count, bad = sweep(verb, filled, fast_factory(), patched_points)
     assert count > 5
     assert bad == []
+
+
+def publish_before_blobs(monkeypatch):
+    real = Blobs.put
+
+    def put(self, contents):
+        if not Versions(self.folder.parents[1]).staged():  # what `save` does after publishing
+            real(self, contents)
+
+    monkeypatch.setattr(Blobs, "put", put)
+
+
+def publish_in_place(monkeypatch):
+    def place(self, staging, version):
+        self.path(version).mkdir()
+        for link in staging.iterdir():
+            self.path(version).joinpath(link.name).symlink_to(os.readlink(link))
+        shutil.rmtree(staging)
+        return True
+
+    monkeypatch.setattr(Versions, "place", place)
+
+
+def tags_before_the_mark(monkeypatch):
+    real = Versions.remove
+
+    def remove(self, version):
+        tags = Tags(self.folder.parent, self)
+        for tag in tags.of(version.name):
+            tags.remove(version.name, tag)
+        real(self, version)
+
+    monkeypatch.setattr(Versions, "remove", remove)
+
+
+@pytest.mark.parametrize(
+    ("verb", "plant"),
+    [("save", publish_before_blobs), ("save", publish_in_place), ("rm", tags_before_the_mark)],
+)
+def test_the_sweep_finds_a_planted_state_between(verb, plant, filled, fast_factory, monkeypatch):
+    plant(monkeypatch)
+    assert sweep(verb, filled, fast_factory(), patched_points)[1] != []
+
+
+def order_of(verb, filled, folder) -> list[str]:
+    if not faults.can_trace():
+        pytest.skip("strace is not there, or may not attach")
+    root = prepared(verb, filled, folder)
+    return order_problems(faults.recorded(partial(VERBS[verb], root), folder))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_power_cut_could_tear_nothing(verb, filled, fast_factory):
+    assert order_of(verb, filled, fast_factory()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "said"),
+    [
+        (os, "fsync", "renamed before its fsync"),
+        (versions_module, "fsync_path", "reviews@v3: renamed before its fsync"),
+        (versions_module, "fsync_path", "deltas/reviews@v3: its folder has no fsync after it"),
+        (blobs_module, "fsync_path", "reviews@v3: published before sha256/"),
+        (staging_module, "fsync_path", "index.json: renamed before its fsync"),
+    ],
+)
+def test_a_missing_fsync_is_told(module, name, said, filled, fast_factory, monkeypatch):
+    monkeypatch.setattr(module, name, lambda place: None)
+    assert said in " ".join(order_of("save", filled, fast_factory()))
