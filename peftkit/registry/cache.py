@@ -99,9 +99,14 @@ def rows_of(cache: sqlite3.Connection) -> list[Row]:
     """
     found = cache.execute("SELECT * FROM versions ORDER BY name, number")
     rows = [Row(*_checked(row)) for row in found]
-    if {row.entry for row in rows} != set((state(cache, "entries") or "").split("\n")) - {""}:
+    if {row.entry for row in rows} != entries_of(cache):
         raise sqlite3.DatabaseError("rows are missing")
     return rows
+
+
+def entries_of(cache: sqlite3.Connection) -> set[str]:
+    """`name@v1` of every version that has a row."""
+    return set((state(cache, "entries") or "").split("\n")) - {""}
 
 
 def keep_rows(cache: sqlite3.Connection, rows: list[Row]) -> None:

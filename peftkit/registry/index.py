@@ -8,6 +8,7 @@ changes, so a row is right for as long as its version is there.
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import RegistryError
-from peftkit.registry.cache import Row, cached, keep, keep_rows, rows_of, state
+from peftkit.registry.cache import Row, cached, entries_of, keep, keep_rows, rows_of, state
 from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import (
     INDEX_FILE,
@@ -71,6 +72,19 @@ class Index:
             return {}
         except OSError as error:
             raise RegistryError(f"{self.file}: cannot be read ({error.strerror})") from error
+
+    def recorded_versions(self, name: str) -> set[Version]:
+        """The versions of a name that `index.json` lists; none if it was not peftkit's, or changed.
+
+        Decoding ten thousand entries would take far longer.
+        """
+        try:
+            data = self.file.read_bytes()
+            check_index(data, self.file)
+        except (OSError, RegistryError):
+            return set()
+        wanted = rf'"{re.escape(REFERENCE)}": "{re.escape(name)}@v([1-9][0-9]{{0,8}})"'
+        return {Version(name, int(number)) for number in re.findall(wanted.encode(), data)}
 
     def recorded_manifest(self, version: Version) -> FileDigest | None:
         """What `index.json` says of one version; None where it does not know it.
@@ -145,9 +159,9 @@ class Index:
 
         Such a store was copied by another OCI tool. Returns a line for each that stays without.
         """
-        if state(cache, "index") == self._identity():
-            return []
         known, problems = self.versions.entries() | self.versions.gone(), []
+        if self._holds_all(cache, known):
+            return []
         try:
             recorded = self.recorded()
         except RegistryError as error:
@@ -163,6 +177,12 @@ class Index:
         if not self.tags.folder.exists() and os.access(self.root, os.W_OK):
             self._adopt_tags(recorded)
         return problems
+
+    def _holds_all(self, cache: sqlite3.Connection, known: set[str]) -> bool:
+        """Whether nothing was lost since `index.json` was last written."""
+        tags_lost = state(cache, "tags") not in (None, "{}") and not self.tags.folder.exists()
+        lost = entries_of(cache) - known
+        return state(cache, "index") == self._identity() and not lost and not tags_lost
 
     def _adopt_tags(self, recorded: dict[str, FileDigest]) -> None:
         versions = {
@@ -185,7 +205,7 @@ class Index:
             The new entries' lines, None if rows went as well; and a line for each entry that cannot
             be read.
         """
-        known = set((state(cache, "entries") or "").split("\n")) - {""}
+        known = entries_of(cache)
         if known == entries:
             return [], []
         problems: list[str] = []

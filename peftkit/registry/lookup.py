@@ -44,12 +44,17 @@ class Lookup:
         return found
 
     def versions_of(self, name: str) -> list[Version]:
-        """The versions of a name, oldest first."""
-        known = self.versions.of(name)
-        if not known and self.index.file.exists():
-            self.index.listing()  # a store that another tool copied has no folders yet
-            known = self.versions.of(name)
-        return known
+        """The versions of a name, oldest first; also those whose folder was lost for good.
+
+        Otherwise an older version would pass for the newest.
+        """
+        recorded = self.index.recorded_versions(name)
+        known = {*self.versions.of(name)}
+        lost = {version for version in recorded - known if not self.versions.is_gone(version)}
+        if lost or (not known and self.index.file.exists()):
+            self.index.listing()  # makes them anew, also in a store that another tool copied
+            known = {*self.versions.of(name)} | lost
+        return sorted(known)
 
     def _by_digest(self, digest: str, known: list[Version]) -> Version:
         for version in reversed(known):

@@ -99,14 +99,14 @@ class Versions:
         fsync_path(staging)
         return staging
 
-    def publish(self, staging: Path, name: str) -> Version:
-        """Make a staged folder the next version of `name`.
+    def publish(self, staging: Path, name: str, *, after: int = 0) -> Version:
+        """Make a staged folder the next version of `name`, of a number greater than `after`.
 
         Raises:
             OSError: the disk refuses.
             RegistryError: other writers took every number.
         """
-        number = 0
+        number = after
         for _ in range(MAX_ATTEMPTS):
             version = Version(name, max(number, self._newest_used(name)) + 1)
             if self.place(staging, version):

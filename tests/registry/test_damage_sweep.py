@@ -305,6 +305,21 @@ def test_what_is_deleted_is_refused_or_made_anew(filled, copied, truth):
             assert refused(root, truth) == {}
 
 
+@pytest.mark.parametrize("documents", [True, False])
+def test_the_number_of_a_lost_version_is_not_used_again(copied, documents):
+    root = copied()
+    stored = Registry(root).find("reviews@v3")
+    if documents:  # it cannot be made anew
+        Registry(root).blobs.path(stored.digest.removeprefix("sha256:")).unlink()
+    shutil.rmtree(stored.path)
+    assert Registry(root).save("reviews", adapter(4), info("adapter")).version == "v4"
+    if documents:
+        with pytest.raises(RegistryError, match="expected a link to a blob"):
+            Registry(root).find("reviews@v3")
+    else:
+        assert Registry(root).find("reviews@v3") == stored
+
+
 STRAYS = {
     "deltas/reviews@v1/stray": "stray; remove it",
     "deltas/stray": "not a version such as 'name@v1'; remove it",

@@ -340,11 +340,11 @@ def test_a_save_that_gc_overtakes_is_whole(registry):
     registry.rm("reviews@v1")
     real = registry.versions.publish
 
-    def publish(staging, name):
+    def publish(staging, name, **options):
         # Between the look at the blobs and the publishing, a gc that had seen no links deletes.
         for path in registry.blobs.folder.iterdir():
             path.unlink()
-        return real(staging, name)
+        return real(staging, name, **options)
 
     registry.versions.publish = publish
     registry.verify(registry.save("reviews", weights(1), info()))
