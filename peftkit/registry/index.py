@@ -28,6 +28,7 @@ from peftkit.registry.layout import (
     index_line,
 )
 from peftkit.registry.names import name_problem
+from peftkit.registry.root import unreadable
 from peftkit.registry.tags import Tags
 from peftkit.registry.versions import Version, Versions, parse_version
 from peftkit.staging import write_file
@@ -71,7 +72,7 @@ class Index:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise RegistryError(f"{self.file}: cannot be read ({error.strerror})") from error
+            raise unreadable(self.file, "read", error) from error
 
     def recorded_versions(self, name: str) -> set[Version]:
         """The versions of a name that `index.json` lists; none if it was not peftkit's, or changed.

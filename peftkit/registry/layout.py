@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from peftkit.errors import RegistryError
 from peftkit.registry.digests import FileDigest
+from peftkit.registry.root import unreadable
 from peftkit.registry.tensors import DELTA_FILES
 from peftkit.schema import Section
 
@@ -203,7 +204,7 @@ def check_layout(root: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise RegistryError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, "read", error) from error
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise RegistryError(f"{path}: not the marker of an OCI layout; restore it") from error
     if strange or schema == 0:

@@ -174,7 +174,12 @@ class Registry:
                 f"{stored.name}@{tag}: means v{meant.number} already; move it with --force, "
                 "or take another tag"
             )
-        with disk_refusal(self.root, f"'{stored.name}@{tag}' not set"):
+        with disk_refusal(
+            self.root,
+            f"'{stored.name}@{tag}' not set",
+            done=f"'{stored.name}@{tag}' is set",
+            is_done=lambda: self.tags.of(stored.name).get(tag) == version,
+        ):
             self.tags.set(version, tag)
         self._after(f"{stored.name}@{tag}: set")
         return stored
@@ -188,7 +193,12 @@ class Registry:
         if not self.tags.has(name, tag):
             known = suggestion(tag, self.tags.of(name))
             raise RegistryError(f"{self.root}: no tag '{name}@{tag}'; {known}")
-        with disk_refusal(self.root, f"'{name}@{tag}' not removed"):
+        with disk_refusal(
+            self.root,
+            f"'{name}@{tag}' not removed",
+            done=f"'{name}@{tag}' is removed",
+            is_done=lambda: not self.tags.has(name, tag),
+        ):
             self.tags.remove(name, tag)
         self._after(f"{name}@{tag}: removed")
 
@@ -209,7 +219,12 @@ class Registry:
         found = self.lookup.version(wanted)
         chosen = self.lookup.versions_of(wanted.name) if "@" not in reference else [found]
         tags = [tag for tag, version in self.tags.of(found.name).items() if version in chosen]
-        with disk_refusal(self.root, f"'{reference}' not removed"):
+        with disk_refusal(
+            self.root,
+            f"'{reference}' not removed, or not all of it",
+            done=f"'{reference}' is removed",
+            is_done=lambda: all(map(self.versions.is_gone, chosen)),
+        ):
             for version in chosen:
                 self.versions.remove(version)
         self._after(f"{reference}: removed")
@@ -262,6 +277,10 @@ class Registry:
             raise RegistryError(
                 f"{done}, but {self.index.file} is behind ({error.strerror or error}); "
                 f"{disk_hint(error)}, then list the store"
+            ) from error
+        except RegistryError as error:
+            raise RegistryError(
+                f"{done}, but {self.index.file} is behind: {error.problems[0]}"
             ) from error
 
 

@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from peftkit.errors import RegistryError
 from peftkit.registry.names import listed, name_problem, version_number
+from peftkit.registry.root import unreadable
 from peftkit.staging import fsync_path, make_folder, staging_name
 
 MANIFEST_LINK = "oci-manifest.json"
@@ -162,7 +164,7 @@ class Versions:
         return found
 
     def remove(self, version: Version) -> None:
-        """Take a version away for good; its blobs stay.
+        """Take a version away for good; its blobs stay, and its folder if the disk keeps it.
 
         Raises:
             OSError: the disk refuses; the version is there whole, or gone.
@@ -170,10 +172,10 @@ class Versions:
         make_folder(self.removed)
         os.close(os.open(self.removed / str(version), os.O_CREAT | os.O_WRONLY, 0o444))
         fsync_path(self.removed)
-        self.clear(version)
+        with suppress(OSError):  # `gc` lists what is left
+            self._clear(version)
 
-    def clear(self, version: Version) -> None:
-        """Delete the folder of a removed version."""
+    def _clear(self, version: Version) -> None:
         path, aside = self.path(version), self.staging / staging_name()
         if path.is_symlink():
             path.unlink()
@@ -194,7 +196,7 @@ def _entries(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RegistryError(f"{folder}: cannot be listed ({error.strerror})") from error
+        raise unreadable(folder, "listed", error) from error
 
 
 def parse_version(entry: str) -> Version | None:
