@@ -215,7 +215,9 @@ class Index:
             try:
                 rows.append(self._row(entry))
             except RegistryError as error:
-                problems.extend(error.problems)
+                version = parse_version(entry)
+                removed = version and self.versions.is_gone(version)  # since we looked
+                problems.extend([] if removed else error.problems)
         gone = known - entries
         keep_rows(cache, rows)
         cache.executemany("DELETE FROM versions WHERE entry = ?", [(entry,) for entry in gone])

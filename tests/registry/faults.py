@@ -38,6 +38,11 @@ def can_trace() -> bool:
 
 def run(action: Callable[[], object], *options: str) -> Ended:
     """Run `action` in a fork, under strace if it gets `options`."""
+    return started(action, *options)()
+
+
+def started(action: Callable[[], object], *options: str) -> Callable[[], Ended]:
+    """Start `action` in a fork; what is returned waits for its end."""
     ours, theirs = socket.socketpair()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, since 3.12
@@ -47,13 +52,17 @@ def run(action: Callable[[], object], *options: str) -> Ended:
         _serve(theirs, action)
     theirs.close()
     tracer = _traced(process, options) if options else None
-    with ours:
-        ours.send(b"go")  # neither `sendto` nor `recvfrom` is ever chosen
-        reply = b"".join(iter(lambda: ours.recv(1 << 16), b""))
-    _, status = os.waitpid(process, 0)
-    log = tracer.communicate()[1] if tracer else ""
-    assert reply or os.WIFSIGNALED(status), f"ended with {status}: {log}"
-    return Ended(reply.decode() if reply else None, log)
+    ours.send(b"go")  # neither `sendto` nor `recvfrom` is ever chosen
+
+    def ended() -> Ended:
+        with ours:
+            reply = b"".join(iter(lambda: ours.recv(1 << 16), b""))
+        _, status = os.waitpid(process, 0)
+        log = tracer.communicate()[1] if tracer else ""
+        assert reply or os.WIFSIGNALED(status), f"ended with {status}: {log}"
+        return Ended(reply.decode() if reply else None, log)
+
+    return ended
 
 
 def _serve(theirs: socket.socket, action: Callable[[], object]) -> None:
