@@ -4,6 +4,7 @@ Used by the registry, the checkpoints and the run records; imports nothing of pe
 Every byte is fsynced before the rename that publishes it, and the parent folder after it.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -62,6 +63,16 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents, each entry fsynced."""
+    for path in [*reversed(folder.parents), folder]:
+        if not path.exists():
+            path.mkdir(exist_ok=True)
+            fsync_path(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file lies in the folder's place")
 
 
 def write_file(path: Path, data: bytes) -> None:

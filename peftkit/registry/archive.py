@@ -24,6 +24,7 @@ from peftkit.registry.layout import (
 )
 from peftkit.registry.names import parse_reference
 from peftkit.registry.reading import StoredDelta
+from peftkit.registry.root import unreadable
 from peftkit.registry.store import Registry
 from peftkit.staging import fsync_path, staging_name
 
@@ -113,7 +114,9 @@ def _read(source: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
                 _take(archive, member, documents, blobs)
     except RegistryError as error:
         raise RegistryError(f"{source}: {problem}" for problem in error.problems) from error
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(source, "read", error) from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RegistryError(f"{source}: cannot be read as an archive ({reason})") from error
     return documents, blobs

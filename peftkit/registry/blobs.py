@@ -5,17 +5,21 @@ Damage is found on reading, and by whoever would store the same bytes again.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from peftkit.errors import RegistryError
-from peftkit.registry.digests import FileDigest, checked_file, read_file
-from peftkit.staging import fsync_path, staging_name
+from peftkit.registry.digests import RESTORE, FileDigest, checked_file, read_file
+from peftkit.staging import fsync_path, make_folder, staging_name
 
 SET_ASIDE = ".gc-"
 """What precedes the digest of a blob while `gc` decides about it."""
 
 READ_ONLY = 0o444
+
+_Result = TypeVar("_Result")
 
 
 class Blobs:
@@ -38,6 +42,7 @@ class Blobs:
         Raises:
             OSError: the disk refuses.
         """
+        make_folder(self.folder)
         wrote = [self._put_one(digest, data) for digest, data in contents.items()]
         if any(wrote):
             fsync_path(self.folder)
@@ -48,10 +53,7 @@ class Blobs:
         Raises:
             RegistryError: missing, or other bytes than its name says.
         """
-        path = self.path(expected.sha256)
-        if not path.exists():
-            self._bring_back(expected.sha256)
-        return checked_file(path, expected, keep=keep)
+        return self._read(expected.sha256, lambda path: checked_file(path, expected, keep=keep))
 
     def read_small(self, sha256: str, *, limit: int) -> bytes:
         """The bytes of a blob whose size is not known, of at most `limit` bytes.
@@ -60,14 +62,16 @@ class Blobs:
             RegistryError: missing, too large, or other bytes than its name says.
         """
         path = self.path(sha256)
-        if not path.exists():
-            self._bring_back(sha256)
         try:
-            data, found = read_file(path, limit)
+            data, found = self._read(sha256, lambda path: read_file(path, limit))
         except OSError as error:
-            raise RegistryError(f"{path}: unreadable ({error.strerror})") from error
+            raise RegistryError(
+                f"{path}: expected sha256:{sha256}, found {error.strerror}; {RESTORE}"
+            ) from error
         if found.sha256 != sha256:
-            raise RegistryError(f"{path}: changed, expected sha256:{sha256}, found {found}")
+            raise RegistryError(
+                f"{path}: changed, expected sha256:{sha256}, found {found}; {RESTORE}"
+            )
         if found.size > limit:
             raise RegistryError(f"{path}: {found.size} bytes, at most {limit} are allowed")
         return data
@@ -77,7 +81,6 @@ class Blobs:
         path = self.path(digest.sha256)
         if self._holds(path, digest):
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / staging_name()
         try:
             with temporary.open("wb") as stream:
@@ -97,8 +100,13 @@ class Blobs:
         except OSError:
             return False
 
-    def _bring_back(self, sha256: str) -> None:
-        """Undo the first half of a `gc` that was killed before its second."""
-        aside = self.folder / f"{SET_ASIDE}{sha256}"
-        if aside.exists():
-            os.rename(aside, self.path(sha256))
+    def _read(self, sha256: str, read: Callable[[Path], _Result]) -> _Result:
+        """Read a blob; twice if `gc` set it aside just then, or was killed before it decided."""
+        path = self.path(sha256)
+        try:
+            return read(path)
+        except (OSError, RegistryError):
+            if not path.exists():
+                with suppress(OSError):  # there is none, or another process was faster
+                    os.rename(self.folder / f"{SET_ASIDE}{sha256}", path)
+            return read(path)

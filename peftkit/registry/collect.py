@@ -10,7 +10,9 @@ from pathlib import Path
 
 from peftkit.errors import RegistryError
 from peftkit.registry.blobs import SET_ASIDE, Blobs
+from peftkit.registry.layout import MAX_DOCUMENT_BYTES
 from peftkit.registry.names import listed
+from peftkit.registry.reading import links_of
 from peftkit.registry.versions import Versions, parse_version
 from peftkit.staging import STAGING_PREFIX, discard, is_abandoned
 
@@ -33,9 +35,11 @@ def collect(root: Path, *, dry_run: bool) -> Collected:
 
     Raises:
         OSError: the disk refuses.
-        RegistryError: it cannot be told what is needed; nothing was removed.
+        RegistryError: a version is damaged, so that it cannot be told what is needed; nothing
+            was removed.
     """
     versions, blobs, found = Versions(root), Blobs(root), Collected()
+    _check_links(versions, blobs)
     needed = _needed(versions)
     _leftovers(root, found, dry_run=dry_run)
     kept = {name.removeprefix(SET_ASIDE) for name in needed}
@@ -57,9 +61,27 @@ def collect(root: Path, *, dry_run: bool) -> Collected:
 
 def _needed(versions: Versions) -> set[str]:
     """Hex digest of every blob that a version or a save in work links to."""
-    folders = [versions.path(v) for e in versions.entries() if (v := parse_version(e))]
-    folders += [path for path in versions.staged() if not is_abandoned(path)]
-    needed: set[str] = set()
+    # Saves in work first: one that is published in between is then found among the versions.
+    needed = _linked(versions, [path for path in versions.staged() if not is_abandoned(path)])
+    published = [versions.path(v) for e in versions.entries() if (v := parse_version(e))]
+    return needed | _linked(versions, published)
+
+
+def _check_links(versions: Versions, blobs: Blobs) -> None:
+    """Refuse a version whose links are damaged: what it needs would pass for garbage."""
+    for version in filter(None, map(parse_version, sorted(versions.entries()))):
+        try:
+            found = versions.links(versions.path(version))
+            manifest = blobs.read_small(versions.manifest(version), limit=MAX_DOCUMENT_BYTES)
+            problems = [] if found == links_of(manifest) else ["has other links than it should"]
+        except RegistryError as error:
+            problems = error.problems
+        if problems and not versions.is_gone(version):
+            raise RegistryError(f"{version}: {line}; nothing is removed" for line in problems)
+
+
+def _linked(versions: Versions, folders: list[Path]) -> set[str]:
+    found: set[str] = set()
     for folder in folders:
         try:
             links = versions.links(folder)
@@ -69,8 +91,8 @@ def _needed(versions: Versions) -> set[str]:
             continue  # published or removed since
         if None in links.values():
             raise RegistryError(f"{folder}: holds what is no link to a blob; verify it first")
-        needed.update(digest for digest in links.values() if digest)
-    return needed
+        found.update(digest for digest in links.values() if digest)
+    return found
 
 
 def _leftovers(root: Path, found: Collected, *, dry_run: bool) -> None:

@@ -16,7 +16,7 @@ from peftkit.errors import RegistryError
 from peftkit.schema import Section
 
 _CHUNK_BYTES = 1 << 20
-_RESTORE = "restore this version from a copy or save the delta again"
+RESTORE = "restore this version from a copy or save the delta again"
 
 
 class FileDigest(Section):
@@ -45,14 +45,14 @@ def checked_file(path: Path, expected: FileDigest | None, *, keep: bool = True) 
     try:
         data, found = read_file(path, limit)
     except FileNotFoundError as error:
-        raise RegistryError(f"{path}: missing, expected {expected}; {_RESTORE}") from error
+        raise RegistryError(f"{path}: missing, expected {expected}; {RESTORE}") from error
     except OSError as error:
         wanted = f"expected {expected or 'no such file'}, found"
-        raise RegistryError(f"{path}: {wanted} {_reason(error)}; {_RESTORE}") from error
+        raise RegistryError(f"{path}: {wanted} {_reason(error)}; {RESTORE}") from error
     if expected is None:
         raise RegistryError(f"{path}: stray, expected no such file, found {found}; remove it")
     if found != expected:
-        raise RegistryError(f"{path}: changed, expected {expected}, found {found}; {_RESTORE}")
+        raise RegistryError(f"{path}: changed, expected {expected}, found {found}; {RESTORE}")
     return data
 
 

@@ -8,6 +8,7 @@ changes, so a row is right for as long as its version is there.
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import RegistryError
-from peftkit.registry.cache import cached, keep, state
+from peftkit.registry.cache import Row, cached, entries_of, keep, keep_rows, rows_of, state
 from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import (
-    INDEX_END,
     INDEX_FILE,
     REFERENCE,
+    add_to_index,
+    check_index,
     decode_index,
     encode_index,
     index_line,
 )
 from peftkit.registry.names import name_problem
+from peftkit.registry.root import unreadable
 from peftkit.registry.tags import Tags
 from peftkit.registry.versions import Version, Versions, parse_version
 from peftkit.staging import write_file
@@ -54,7 +57,7 @@ class Index:
         self.root = root
         self.file = root / INDEX_FILE
         self.versions = Versions(root)
-        self.tags = Tags(root)
+        self.tags = Tags(root, self.versions)
         self._read = read
         self._restore = restore
 
@@ -69,7 +72,20 @@ class Index:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise RegistryError(f"{self.file}: cannot be read ({error.strerror})") from error
+            raise unreadable(self.file, "read", error) from error
+
+    def recorded_versions(self, name: str) -> set[Version]:
+        """The versions of a name that `index.json` lists; none if it was not peftkit's, or changed.
+
+        Decoding ten thousand entries would take far longer.
+        """
+        try:
+            data = self.file.read_bytes()
+            check_index(data, self.file)
+        except (OSError, RegistryError):
+            return set()
+        wanted = rf'"{re.escape(REFERENCE)}": "{re.escape(name)}@v([1-9][0-9]{{0,8}})"'
+        return {Version(name, int(number)) for number in re.findall(wanted.encode(), data)}
 
     def recorded_manifest(self, version: Version) -> FileDigest | None:
         """What `index.json` says of one version; None where it does not know it.
@@ -81,6 +97,7 @@ class Index:
             data = self.file.read_bytes()
         except OSError:
             return None
+        check_index(data, f"{self.file} (remove it, and the next save or tag writes it anew)")
         place = data.find(f'"{REFERENCE}": "{version}"'.encode())
         line = data[data.rfind(b"\n", 0, place) + 1 : data.find(b"\n", max(place, 0))]
         try:  # written by peftkit: one entry a line
@@ -105,13 +122,13 @@ class Index:
     def _update(self, cache: sqlite3.Connection) -> list[str]:
         for _ in range(MAX_ROUNDS):
             problems = self._adopt(cache)
-            entries, tags = seen = self._seen()
+            entries, tags, damaged = seen = self._seen()
             added, bad = self._refresh(cache, entries)
             if added is None or not self._append(cache, added, tags):
                 self._write(cache, tags)
             if self._seen() == seen:
                 break
-        return problems + bad
+        return problems + bad + damaged
 
     def listing(self) -> Listing:
         """Every readable version and the problems of the others; writes only to the cache.
@@ -123,10 +140,9 @@ class Index:
 
     def _listing(self, cache: sqlite3.Connection) -> Listing:
         problems = self._adopt(cache)
-        entries, tags = self._seen()
+        entries, tags, damaged = self._seen()
         _, bad = self._refresh(cache, entries)
-        found = cache.execute("SELECT summary FROM versions ORDER BY name, number")
-        rows = json.loads(f"[{','.join(summary for (summary,) in found)}]")
+        rows = json.loads(f"[{','.join(row.summary for row in rows_of(cache))}]")
         of: dict[str, list[str]] = {}
         for entry, version in tags.items():
             of.setdefault(str(version), []).append(entry.partition("@")[2])
@@ -134,20 +150,25 @@ class Index:
         for row in rows:
             entry = f"{row['name']}@{row['version']}"
             row["tags"], row["path"] = of.get(entry, []), f"{folder}/{entry}"
-        return Listing(rows, problems + bad)
+        return Listing(rows, problems + bad + damaged)
 
-    def _seen(self) -> tuple[set[str], dict[str, Version]]:
-        return self.versions.entries(), self.tags.all()
+    def _seen(self) -> tuple[set[str], dict[str, Version], list[str]]:
+        return self.versions.entries(), *self.tags.all()
 
     def _adopt(self, cache: sqlite3.Connection) -> list[str]:
         """Give versions that only `index.json` knows their folders, and tags their files.
 
         Such a store was copied by another OCI tool. Returns a line for each that stays without.
         """
-        if state(cache, "index") == self._identity():
+        known, problems = self.versions.entries() | self.versions.gone(), []
+        if self._holds_all(cache, known):
             return []
-        recorded, problems = self.recorded(), []
-        known = self.versions.entries() | self.versions.gone()
+        try:
+            recorded = self.recorded()
+        except RegistryError as error:
+            if not known:
+                raise
+            return [f"{line}; the next save or tag writes it anew" for line in error.problems]
         lost = {e: v for e in recorded.keys() - known if (v := parse_version(e))}
         for entry, version in lost.items():
             try:
@@ -157,6 +178,12 @@ class Index:
         if not self.tags.folder.exists() and os.access(self.root, os.W_OK):
             self._adopt_tags(recorded)
         return problems
+
+    def _holds_all(self, cache: sqlite3.Connection, known: set[str]) -> bool:
+        """Whether nothing was lost since `index.json` was last written."""
+        tags_lost = state(cache, "tags") not in (None, "{}") and not self.tags.folder.exists()
+        lost = entries_of(cache) - known
+        return state(cache, "index") == self._identity() and not lost and not tags_lost
 
     def _adopt_tags(self, recorded: dict[str, FileDigest]) -> None:
         versions = {
@@ -179,7 +206,7 @@ class Index:
             The new entries' lines, None if rows went as well; and a line for each entry that cannot
             be read.
         """
-        known = set((state(cache, "entries") or "").split("\n")) - {""}
+        known = entries_of(cache)
         if known == entries:
             return [], []
         problems: list[str] = []
@@ -188,22 +215,24 @@ class Index:
             try:
                 rows.append(self._row(entry))
             except RegistryError as error:
-                problems.extend(error.problems)
+                version = parse_version(entry)
+                removed = version and self.versions.is_gone(version)  # since we looked
+                problems.extend([] if removed else error.problems)
         gone = known - entries
-        cache.executemany("INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?)", rows)
+        keep_rows(cache, rows)
         cache.executemany("DELETE FROM versions WHERE entry = ?", [(entry,) for entry in gone])
-        known = (known | {row[0] for row in rows}) - gone
+        known = (known | {row.entry for row in rows}) - gone
         keep(cache, "entries", "\n".join(known))
-        return (None if gone else [row[3] for row in rows]), problems
+        return (None if gone else [row.line for row in rows]), problems
 
-    def _row(self, entry: str) -> tuple[str, str, int, str, str]:
+    def _row(self, entry: str) -> Row:
         version = parse_version(entry)
         if version is None:
             path = self.versions.folder / entry
             raise RegistryError(f"{path}: not a version such as 'name@v1'; remove it")
         manifest, summary = self._read(version)
         line = index_line(entry, manifest)
-        return entry, version.name, version.number, line, json.dumps(summary)
+        return Row(entry, version.name, version.number, line, json.dumps(summary))
 
     def _append(
         self, cache: sqlite3.Connection, lines: list[str], tags: dict[str, Version]
@@ -216,17 +245,17 @@ class Index:
         if not known or known != self._identity() or state(cache, "tags") != repr(tags):
             return False
         data = self.file.read_bytes()
-        if not data.endswith(INDEX_END) or data.endswith(b"[\n" + INDEX_END):
+        try:
+            longer = add_to_index(data, lines, self.file)
+        except RegistryError:  # changed behind our back: written anew
             return False
-        if lines:
-            added = "".join(f",\n{line}" for line in lines).encode()
-            write_file(self.file, data.removesuffix(INDEX_END) + added + INDEX_END)
+        if longer is not None and lines:
+            write_file(self.file, longer)
             keep(cache, "index", self._identity())
-        return True
+        return longer is not None
 
     def _write(self, cache: sqlite3.Connection, tags: dict[str, Version]) -> None:
-        found = cache.execute("SELECT entry, line FROM versions ORDER BY name, number")
-        lines = dict(found.fetchall())
+        lines = {row.entry: row.line for row in rows_of(cache)}
         tagged = [
             index_line(entry, _manifest_in(lines[str(version)]))
             for entry, version in tags.items()

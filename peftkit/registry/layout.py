@@ -6,7 +6,9 @@ so that any OCI tool lists, copies and serves it.
 Source: OCI image spec 1.1, image-layout.md and manifest.md.
 """
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from peftkit.errors import RegistryError
 from peftkit.registry.digests import FileDigest
+from peftkit.registry.root import unreadable
 from peftkit.registry.tensors import DELTA_FILES
 from peftkit.schema import Section
 
@@ -25,11 +28,16 @@ TITLE = "org.opencontainers.image.title"
 REFERENCE = "org.opencontainers.image.ref.name"
 LAYOUT_FILE = "oci-layout"
 INDEX_FILE = "index.json"
-INDEX_END = b"\n]}\n"
 STORE_KEY = "vnd.peftkit.store"
+CHECK_KEY = "vnd.peftkit.sha256"
+"""Annotation of `index.json` with the digest of all that stands before it."""
 STORE_SCHEMA = 1
 MAX_DOCUMENT_BYTES = 4 << 20
 
+_INDEX_END = re.compile(
+    rb'\n\], "annotations": \{"%s": "([0-9a-f]{64})"\}\}\n\Z' % CHECK_KEY.encode()
+)
+_INDEX_END_BYTES = 200
 _FILE_TYPES = {".json": "application/json"}
 _KNOWN_FILES = frozenset().union(*DELTA_FILES.values())
 
@@ -128,15 +136,55 @@ def index_line(reference: str, manifest: FileDigest) -> str:
 def encode_index(lines: list[str]) -> bytes:
     """`index.json` with one entry a line."""
     head = f'{{"schemaVersion": 2, "mediaType": "{INDEX_TYPE}", "manifests": [\n'
-    return (head + ",\n".join(lines)).encode() + INDEX_END
+    return _closed((head + ",\n".join(lines)).encode())
+
+
+def add_to_index(data: bytes, lines: list[str], where: Path | str) -> bytes | None:
+    """`index.json` with more entries; None if it is not one that peftkit wrote, with entries.
+
+    Ten thousand lines cost more to gather than to copy.
+
+    Raises:
+        RegistryError: it was changed since.
+    """
+    body = _checked_body(data, where)
+    if body is None or body.endswith(b"[\n"):
+        return None
+    return _closed(body + "".join(f",\n{line}" for line in lines).encode()) if lines else data
+
+
+def check_index(data: bytes, where: Path | str) -> None:
+    """Compare an `index.json` with the digest that it carries if peftkit wrote it.
+
+    Raises:
+        RegistryError: it was changed since.
+    """
+    _checked_body(data, where)
+
+
+def _closed(body: bytes) -> bytes:
+    digest = hashlib.sha256(body).hexdigest()
+    return body + f'\n], "annotations": {{"{CHECK_KEY}": "{digest}"}}}}\n'.encode()
+
+
+def _checked_body(data: bytes, where: Path | str) -> bytes | None:
+    match = _INDEX_END.search(data, max(len(data) - _INDEX_END_BYTES, 0))
+    if match is None:
+        return None
+    body, expected = data[: match.start()], match[1].decode()
+    found = hashlib.sha256(body).hexdigest()
+    if found != expected:
+        raise RegistryError(f"{where}: changed, expected sha256:{expected}, found sha256:{found}")
+    return body
 
 
 def decode_index(data: bytes, where: Path | str) -> dict[str, FileDigest]:
     """Reference → digest of its manifest.
 
     Raises:
-        RegistryError: no OCI index.
+        RegistryError: no OCI index, or one that was changed since peftkit wrote it.
     """
+    check_index(data, where)
     entries = _read(data, where, _Index).manifests
     return {e.annotations[REFERENCE]: e.file for e in entries if REFERENCE in e.annotations}
 
@@ -156,12 +204,16 @@ def check_layout(root: Path) -> None:
     try:
         document = json.loads(path.read_bytes()[:MAX_DOCUMENT_BYTES])
         version, schema = document["imageLayoutVersion"], document.get(STORE_KEY, STORE_SCHEMA)
+        strange = document.keys() - {"imageLayoutVersion", STORE_KEY}
     except FileNotFoundError:
         return
     except OSError as error:
-        raise RegistryError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, "read", error) from error
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise RegistryError(f"{path}: not the marker of an OCI layout; restore it") from error
+    if strange or schema == 0:
+        expected, found = encode_layout().decode().strip(), json.dumps(document)[:200]
+        raise RegistryError(f"{path}: changed, expected {expected}, found {found}; restore it")
     if version != "1.0.0" or not isinstance(schema, int) or schema > STORE_SCHEMA:
         raise RegistryError(
             f"{path}: a store of layout {version!r} and schema {schema!r}, this peftkit reads "

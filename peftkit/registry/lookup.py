@@ -30,23 +30,31 @@ class Lookup:
         if wanted.digest:
             return self._by_digest(wanted.digest, known)
         selector = wanted.version or wanted.tag
-        meant = {f"v{version.number}": version for version in known}
-        if wanted.tag:
-            meant |= self.tags.of(wanted.name)
-        if selector and selector not in meant:
+        if selector is None:
+            return known[-1]
+        numbered = {f"v{version.number}": version for version in known}
+        tagged = self.tags.read(f"{wanted.name}@{wanted.tag}") if wanted.tag else None
+        found = numbered.get(selector, tagged)
+        if found is None:
+            choices = [*numbered, *self.tags.of(wanted.name)]
             raise RegistryError(
                 f"{self.root}: '{wanted.name}' has no version or tag '{selector}'; "
-                f"{suggestion(selector, [*meant, *self.tags.of(wanted.name)])}"
+                f"{suggestion(selector, choices)}"
             )
-        return meant[selector] if selector else known[-1]
+        return found
 
     def versions_of(self, name: str) -> list[Version]:
-        """The versions of a name, oldest first."""
-        known = self.versions.of(name)
-        if not known and self.index.file.exists():
-            self.index.listing()  # a store that another tool copied has no folders yet
-            known = self.versions.of(name)
-        return known
+        """The versions of a name, oldest first; also those whose folder was lost for good.
+
+        Otherwise an older version would pass for the newest.
+        """
+        recorded = self.index.recorded_versions(name)
+        known = {*self.versions.of(name)}
+        lost = {version for version in recorded - known if not self.versions.is_gone(version)}
+        if lost or (not known and self.index.file.exists()):
+            self.index.listing()  # makes them anew, also in a store that another tool copied
+            known = {*self.versions.of(name)} | lost
+        return sorted(known)
 
     def _by_digest(self, digest: str, known: list[Version]) -> Version:
         for version in reversed(known):

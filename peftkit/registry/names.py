@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftkit.errors import RegistryError
+from peftkit.registry.root import unreadable
 
 LATEST = "latest"
 
@@ -107,7 +108,7 @@ def listed(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RegistryError(f"{folder}: cannot be listed ({error.strerror})") from error
+        raise unreadable(folder, "listed", error) from error
 
 
 def shown(text: str) -> str:

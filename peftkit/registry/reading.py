@@ -69,11 +69,16 @@ class Reader:
         Raises:
             RegistryError: damaged, or of a newer schema.
         """
+        return self._stored(version)[0]
+
+    def _stored(self, version: Version) -> tuple[StoredDelta, FileDigest]:
+        """As `stored`, and the digest of the manifest."""
         sha256 = self.versions.manifest(version)
-        manifest, info = decode(*self.documents(sha256), where=self.blobs.path(sha256))
-        path = self.versions.path(version)
-        number = f"v{version.number}"
-        return StoredDelta(version.name, number, path, info, manifest.files, f"sha256:{sha256}")
+        data, about = self.documents(sha256)
+        manifest, info = decode(data, about, where=self.blobs.path(sha256))
+        path, number = self.versions.path(version), f"v{version.number}"
+        stored = StoredDelta(version.name, number, path, info, manifest.files, f"sha256:{sha256}")
+        return stored, FileDigest(size=len(data), sha256=sha256)
 
     def documents(self, sha256: str) -> tuple[bytes, bytes]:
         """The bytes of a manifest and of the info that it names, both verified."""
@@ -88,10 +93,8 @@ class Reader:
 
     def listed(self, version: Version) -> tuple[FileDigest, dict[str, Any]]:
         """Digest of the manifest, and what a listing shows."""
-        stored = self.stored(version)
-        sha256 = stored.digest.removeprefix("sha256:")
-        size = self.blobs.path(sha256).stat().st_size
-        return FileDigest(size=size, sha256=sha256), summary_of(stored)
+        stored, manifest = self._stored(version)
+        return manifest, summary_of(stored)
 
     def restore(self, version: Version, sha256: str) -> None:
         """Make the folder of a version whose manifest is there.

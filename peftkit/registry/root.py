@@ -5,7 +5,7 @@ Called by the store, by the experiment before anything is loaded, and by `doctor
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,9 @@ _HINTS = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EFBIG: _SPACE,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
     errno.EROFS: _WRITABLE,
     errno.EACCES: _WRITABLE,
     errno.EPERM: _WRITABLE,
@@ -44,14 +47,29 @@ def nearest_existing(path: Path) -> Path:
 
 
 @contextmanager
-def disk_refusal(root: Path, what: str) -> Iterator[None]:
-    """Turn a disk's refusal into one line with a hint."""
+def disk_refusal(
+    root: Path, what: str, *, done: str = "", is_done: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Turn a disk's refusal into one line with a hint.
+
+    It says `what`, such as "'a@v1' not removed"; or `done`, such as "'a@v1' is removed", where only
+    the last fsync was refused.
+    """
     try:
         yield
     except OSError as error:
-        raise RegistryError(
-            f"{root}: {what} ({error.strerror or error}); {disk_hint(error)}"
-        ) from error
+        reason = error.strerror or error
+        if is_done():
+            raise RegistryError(
+                f"{root}: {done}, but a power cut may still undo it ({reason}); "
+                "check the disk, then look again"
+            ) from error
+        raise RegistryError(f"{root}: {what} ({reason}); {disk_hint(error)}") from error
+
+
+def unreadable(path: Path, what: str, error: OSError) -> RegistryError:
+    """One line for a path that cannot be `what`, such as "listed"."""
+    return RegistryError(f"{path}: cannot be {what} ({error.strerror}); {disk_hint(error)}")
 
 
 def disk_hint(error: OSError) -> str:

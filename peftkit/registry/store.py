@@ -30,8 +30,8 @@ from peftkit.registry.reading import Contents, Reader, StoredDelta, decode, link
 from peftkit.registry.root import disk_hint, disk_refusal
 from peftkit.registry.tags import Tags
 from peftkit.registry.tensors import check_files, delta_from_files, delta_to_files, needs_base
-from peftkit.registry.versions import Version, Versions, make_folder
-from peftkit.staging import discard, write_file
+from peftkit.registry.versions import Version, Versions
+from peftkit.staging import discard, make_folder, write_file
 
 if TYPE_CHECKING:
     from peftkit.registry.bit_delta import BaseTensors
@@ -46,7 +46,7 @@ class Registry:
         self.root = root
         self.blobs = Blobs(root)
         self.versions = Versions(root)
-        self.tags = Tags(root)
+        self.tags = Tags(root, self.versions)
         self.reader = Reader(self.blobs, self.versions)
         self.index = Index(root, read=self.reader.listed, restore=self.reader.restore)
         self.lookup = Lookup(self.index)
@@ -167,14 +167,19 @@ class Registry:
         """
         check_tag(tag)
         stored = self.find(reference)
-        meant = self.tags.of(stored.name).get(tag)
         version = Version(stored.name, int(stored.version[1:]))
-        if meant not in (None, version) and not move:
+        meant = version if move else self.tags.of(stored.name).get(tag, version)
+        if meant != version:
             raise RegistryError(
                 f"{stored.name}@{tag}: means v{meant.number} already; move it with --force, "
                 "or take another tag"
             )
-        with disk_refusal(self.root, f"'{stored.name}@{tag}' not set"):
+        with disk_refusal(
+            self.root,
+            f"'{stored.name}@{tag}' not set",
+            done=f"'{stored.name}@{tag}' is set",
+            is_done=lambda: self.tags.of(stored.name).get(tag) == version,
+        ):
             self.tags.set(version, tag)
         self._after(f"{stored.name}@{tag}: set")
         return stored
@@ -185,17 +190,23 @@ class Registry:
         Raises:
             RegistryError: no such tag.
         """
-        known = self.tags.of(name)
-        if tag not in known:
-            raise RegistryError(f"{self.root}: no tag '{name}@{tag}'; {suggestion(tag, known)}")
-        with disk_refusal(self.root, f"'{name}@{tag}' not removed"):
+        if not self.tags.has(name, tag):
+            known = suggestion(tag, self.tags.of(name))
+            raise RegistryError(f"{self.root}: no tag '{name}@{tag}'; {known}")
+        with disk_refusal(
+            self.root,
+            f"'{name}@{tag}' not removed",
+            done=f"'{name}@{tag}' is removed",
+            is_done=lambda: not self.tags.has(name, tag),
+        ):
             self.tags.remove(name, tag)
         self._after(f"{name}@{tag}: removed")
 
     def rm(self, reference: str) -> list[str]:
         """Remove a version and its tags, or every version where only a name is given.
 
-        Its blobs stay until `gc`; its number is never used again. Damaged versions go as well.
+        Its blobs stay until `gc`; its number is never used again. Damaged versions go as well. One
+        mark removes a version, and a tag of a removed version means nothing: no state lies between.
 
         Returns:
             `name@v1` of each removed version, then its tags.
@@ -208,9 +219,12 @@ class Registry:
         found = self.lookup.version(wanted)
         chosen = self.lookup.versions_of(wanted.name) if "@" not in reference else [found]
         tags = [tag for tag, version in self.tags.of(found.name).items() if version in chosen]
-        with disk_refusal(self.root, f"'{reference}' not removed"):
-            for tag in tags:
-                self.tags.remove(found.name, tag)
+        with disk_refusal(
+            self.root,
+            f"'{reference}' not removed, or not all of it",
+            done=f"'{reference}' is removed",
+            is_done=lambda: all(map(self.versions.is_gone, chosen)),
+        ):
             for version in chosen:
                 self.versions.remove(version)
         self._after(f"{reference}: removed")
@@ -238,10 +252,11 @@ class Registry:
         make_folder(self.root)
         if not (self.root / LAYOUT_FILE).exists():
             write_file(self.root / LAYOUT_FILE, encode_layout())
+        newest = max((version.number for version in self.lookup.versions_of(name)), default=0)
         staging = self.versions.stage(links)
         try:
             self.blobs.put(contents)
-            version = self.versions.publish(staging, name)
+            version = self.versions.publish(staging, name, after=newest)
         except BaseException as error:  # also Ctrl-C: nothing half-written stays
             if isinstance(error, OSError) and not staging.exists():
                 raise RegistryError(
@@ -262,6 +277,10 @@ class Registry:
             raise RegistryError(
                 f"{done}, but {self.index.file} is behind ({error.strerror or error}); "
                 f"{disk_hint(error)}, then list the store"
+            ) from error
+        except RegistryError as error:
+            raise RegistryError(
+                f"{done}, but {self.index.file} is behind: {error.problems[0]}"
             ) from error
 
 

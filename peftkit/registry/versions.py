@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from peftkit.errors import RegistryError
 from peftkit.registry.names import listed, name_problem, version_number
-from peftkit.staging import fsync_path, staging_name
+from peftkit.registry.root import unreadable
+from peftkit.staging import fsync_path, make_folder, staging_name
 
 MANIFEST_LINK = "oci-manifest.json"
 """Link to the OCI manifest; its target says the manifest's digest."""
@@ -63,6 +65,10 @@ class Versions:
         """`name@vN` of every version that was removed."""
         return set(_entries(self.removed))
 
+    def is_gone(self, version: Version) -> bool:
+        """Whether a version was removed."""
+        return os.path.lexists(self.removed / str(version))
+
     def of(self, name: str) -> list[Version]:
         """The versions of one name, oldest first.
 
@@ -95,14 +101,14 @@ class Versions:
         fsync_path(staging)
         return staging
 
-    def publish(self, staging: Path, name: str) -> Version:
-        """Make a staged folder the next version of `name`.
+    def publish(self, staging: Path, name: str, *, after: int = 0) -> Version:
+        """Make a staged folder the next version of `name`, of a number greater than `after`.
 
         Raises:
             OSError: the disk refuses.
             RegistryError: other writers took every number.
         """
-        number = 0
+        number = after
         for _ in range(MAX_ATTEMPTS):
             version = Version(name, max(number, self._newest_used(name)) + 1)
             if self.place(staging, version):
@@ -158,7 +164,7 @@ class Versions:
         return found
 
     def remove(self, version: Version) -> None:
-        """Take a version away for good; its blobs stay.
+        """Take a version away for good; its blobs stay, and its folder if the disk keeps it.
 
         Raises:
             OSError: the disk refuses; the version is there whole, or gone.
@@ -166,10 +172,10 @@ class Versions:
         make_folder(self.removed)
         os.close(os.open(self.removed / str(version), os.O_CREAT | os.O_WRONLY, 0o444))
         fsync_path(self.removed)
-        self.clear(version)
+        with suppress(OSError):  # `gc` lists what is left
+            self._clear(version)
 
-    def clear(self, version: Version) -> None:
-        """Delete the folder of a removed version."""
+    def _clear(self, version: Version) -> None:
         path, aside = self.path(version), self.staging / staging_name()
         if path.is_symlink():
             path.unlink()
@@ -190,7 +196,7 @@ def _entries(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RegistryError(f"{folder}: cannot be listed ({error.strerror})") from error
+        raise unreadable(folder, "listed", error) from error
 
 
 def parse_version(entry: str) -> Version | None:
@@ -206,13 +212,3 @@ def _target(link: Path) -> str | None:
     except OSError:
         return None
     return match[1] if match else None
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents, each entry fsynced."""
-    for path in [*reversed(folder.parents), folder]:
-        if not path.exists():
-            path.mkdir(exist_ok=True)
-            fsync_path(path.parent)
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a file lies in the folder's place")

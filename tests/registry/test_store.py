@@ -10,41 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_store import adapter, indexed, info, summary, weights
 
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError
-from peftkit.registry import DeltaInfo, Registry, RunSummary, default_root
+from peftkit.registry import Registry, default_root
 from peftkit.registry import versions as versions_module
 from peftkit.registry.digests import FileDigest
-from peftkit.registry.layout import decode_index
 
 RESTORE = "restore this version from a copy or save the delta again"
-DIGEST = "sha256:" + "0" * 64
-
-
-def info(kind="weights") -> DeltaInfo:
-    return DeltaInfo(
-        kind=kind,
-        base_name="org/base",
-        base_digest=DIGEST,
-        tokenizer_digest=DIGEST,
-        task={"type": "classification"},
-        method={"type": "full"},
-        labels=["bad", "good"],
-        model={"auto_class": "AutoModelForSequenceClassification"},
-        recipe={"name": "r"},
-        recipe_digest=DIGEST,
-        run=RunSummary(record="runs/r", seed=1, status="finished", metrics={"f1": 0.5}),
-        stand_in=False,
-    )
-
-
-def weights(value: float = 1.0) -> Delta:
-    return Delta("weights", {"head.weight": torch.full((2, 3), value)})
-
-
-def adapter(value: float = 1.0) -> Delta:
-    return Delta("adapter", {"q.lora_A": torch.full((2,), value)}, {"peft_type": "LORA", "r": 2})
 
 
 @pytest.fixture
@@ -57,24 +31,6 @@ def refusal(action, *arguments) -> list[str]:
         action(*arguments)
     assert len(caught.value.problems) == str(caught.value).count("\n") + 1
     return caught.value.problems
-
-
-def summary(registry: Registry) -> dict[str, float]:
-    """First value of every version, read with verification; the store has no problem."""
-    listing = registry.ls()
-    assert listing.problems == []
-    values = {}
-    for row in listing.rows:
-        reference = f"{row['name']}@{row['version']}"
-        tensors = registry.read_delta(registry.find(reference)).tensors
-        values[reference] = next(iter(tensors.values())).flatten()[0].item()
-    return values
-
-
-def indexed(registry: Registry) -> list[str]:
-    """The references that other OCI tools see, sorted by name and number."""
-    found = decode_index((registry.root / "index.json").read_bytes(), "index.json")
-    return sorted(found, key=lambda entry: (len(entry), entry))
 
 
 def blob(registry: Registry, path: Path) -> Path:
@@ -384,11 +340,11 @@ def test_a_save_that_gc_overtakes_is_whole(registry):
     registry.rm("reviews@v1")
     real = registry.versions.publish
 
-    def publish(staging, name):
+    def publish(staging, name, **options):
         # Between the look at the blobs and the publishing, a gc that had seen no links deletes.
         for path in registry.blobs.folder.iterdir():
             path.unlink()
-        return real(staging, name)
+        return real(staging, name, **options)
 
     registry.versions.publish = publish
     registry.verify(registry.save("reviews", weights(1), info()))
