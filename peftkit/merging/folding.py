@@ -5,7 +5,6 @@ the arithmetic of adapters, on a model whose memory is never touched: only the l
 its weights.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,11 @@ class Fold:
         spec = model_spec(info)
         self.model = skeleton(spec, spec_config(folder, spec))
         """The model that the run built, without its weights and without the adapter."""
-        carrier = _empty(self.model, base.files)
-        names = {id(module): name for name, module in carrier.named_modules()}
-        own = {id(p): name for name, p in carrier.named_parameters()}
-        adapted = apply_delta(carrier, delta)
+        self.carrier = empty_model(folder, info, base.files)
+        """The same with the adapter's modules in their places."""
+        names = {id(module): name for name, module in self.carrier.named_modules()}
+        own = {id(p): name for name, p in self.carrier.named_parameters()}
+        adapted = apply_delta(self.carrier, delta)
         self._layers: dict[str, list[Any]] = {}
         self._merged: dict[str, Tensor] = {}
         self._given = dict(delta.tensors)
@@ -111,8 +111,9 @@ class Fold:
 
         layer, _, parameter = name.rpartition(".")
         adapters = self._layers.get(layer, [])
-        one = adapters[0] if len(adapters) == 1 else None
-        if type(one) is not Linear or parameter != "weight" or name in self._given:
+        one: Any = adapters[0] if len(adapters) == 1 else None
+        plain = isinstance(one, Linear) and parameter == "weight" and name not in self._given
+        if not plain:
             return None
         if one.lora_variant or one.fan_in_fan_out or one.lora_bias["default"]:
             return None
@@ -162,18 +163,22 @@ def _finite(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _empty(model: PreTrainedModel, files: BaseTensors) -> PreTrainedModel:
-    """A copy of a model of the meta device, its memory reserved and never touched.
+def empty_model(folder: Path, info: DeltaInfo, files: BaseTensors) -> PreTrainedModel:
+    """The model that a run built, its memory reserved and never touched.
 
     What the base's files lack is marked as new, as loading would do.
+
+    Raises:
+        SourceError: the base has no such architecture.
     """
-    carrier = copy.deepcopy(model).to_empty(device="cpu")
-    carrier.tie_weights()
-    for name, parameter in carrier.named_parameters():
+    spec = model_spec(info)
+    model = skeleton(spec, spec_config(folder, spec)).to_empty(device="cpu")
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
         found = files(name)
         if found is None or found.shape != parameter.shape:
-            mark_new(carrier.get_submodule(name.rpartition(".")[0]))
-    return carrier
+            mark_new(model.get_submodule(name.rpartition(".")[0]))
+    return model
 
 
 def _adapter_layers(model: nn.Module) -> Iterator[Any]:

@@ -111,7 +111,7 @@ def _layers(fold: Fold) -> dict[str, Factors]:
     from peft.tuners.lora import Embedding, LoraLayer
 
     found = {}
-    for name, layer in fold.model.named_modules():
+    for name, layer in fold.carrier.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         embedding = isinstance(layer, Embedding)
@@ -155,7 +155,7 @@ def _saved_modules(parents: Parents, whole: dict[str, Tensor]) -> list[str]:
     found = {
         name
         for fold in parents.folds
-        for name, module in fold.model.named_modules()
+        for name, module in fold.carrier.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
         and any(tensor.startswith(f"{name}.") for tensor in whole)
     }

@@ -1,24 +1,13 @@
 """Stored deltas of every kind over one tiny base, and what their weighted sum truly is."""
 
-from functools import cache
-
 import pytest
 from stored_deltas import LORA, SECTIONS, store
 from sums import plain_weights
 
-from peftkit.merging import verification
 from peftkit.merging.combining import combine
 from peftkit.merging.plan import plan_from
 from peftkit.registry.loading import load_delta
 from peftkit.registry.store import Registry
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _sample_made_once():
-    """The probe of every verification needs eight sentences of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "make_sample", cache(verification.make_sample))
-        yield
 
 
 @pytest.fixture(scope="session")
