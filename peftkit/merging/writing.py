@@ -16,10 +16,10 @@ from torch import Tensor
 
 from peftkit.errors import RegistryError, SourceError
 from peftkit.merging.folding import Fold
-from peftkit.merging.shard_file import Entry, write_shard
 from peftkit.merging.targets import Target
 from peftkit.modeling.four_bit import four_bit_config, quantised
 from peftkit.modeling.identity import TOKENIZER_FILES
+from peftkit.modeling.tensor_file import Entry, write_shard
 
 _BESIDE_THE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "LICENSE.txt")
 

@@ -7,8 +7,8 @@ import errno
 import hashlib
 import os
 import stat
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import Field
 
@@ -64,7 +64,7 @@ def read_file(path: Path, limit: int) -> tuple[bytes, FileDigest]:
     """
     with _opened(path) as stream:
         # Bounded by the true size: a hostile limit would be allocated before it is read.
-        data = stream.read(min(limit, os.fstat(stream.fileno()).st_size))
+        data = _first(stream, min(limit, os.fstat(stream.fileno()).st_size))
         size, digest = len(data), hashlib.sha256(data)
         while chunk := stream.read(_CHUNK_BYTES):
             size += len(chunk)
@@ -72,13 +72,21 @@ def read_file(path: Path, limit: int) -> tuple[bytes, FileDigest]:
     return data, FileDigest(size=size, sha256=digest.hexdigest())
 
 
-def _opened(path: Path) -> BinaryIO:
+def _first(stream: FileIO, size: int) -> bytes:
+    """Up to `size` bytes in one piece of memory: a buffered stream would copy them together."""
+    data = stream.read(size)
+    while len(data) < size and (more := stream.read(size - len(data))):  # the kernel's 2 GB limit
+        data += more
+    return data
+
+
+def _opened(path: Path) -> FileIO:
     # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file")
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def _reason(error: OSError) -> str:

@@ -1,15 +1,14 @@
-"""Writing a safetensors file a block at a time, so that no tensor is in memory twice.
+"""Safetensors files, written a block at a time or put together in one piece of memory.
 
-Called by `writing`. The header comes first and says where each tensor will lie.
+Called by merging and by the registry. The library's own writer makes two copies of the whole.
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,6 +24,12 @@ _DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
 }
 _ALIGNMENT = 8
 
@@ -60,20 +65,35 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> int:
     Raises:
         OSError: the disk refuses.
     """
-    # Wide elements first: every tensor then lies at a multiple of its own element's size.
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    ordered = _ordered(entries)
     with path.open("xb") as stream:
-        stream.write(_header(ordered))
+        stream.write(_header(ordered, {"format": "pt"}))
         for entry in ordered:
             before = stream.tell()
             for block in entry.blocks():
-                _write(stream, block)
+                stream.write(_buffer(block))
             assert stream.tell() - before == entry.nbytes, entry.name
     return sum(entry.nbytes for entry in ordered)
 
 
-def _header(entries: Iterable[Entry]) -> bytes:
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a file; the same for the same tensors, whatever their order.
+
+    Raises:
+        KeyError: a dtype that the format does not have.
+    """
+    ordered = _ordered(Entry.of(name, tensor) for name, tensor in tensors.items())
+    parts = [_buffer(block) for entry in ordered for block in entry.blocks()]
+    return b"".join([_header(ordered, metadata), *parts])
+
+
+def _ordered(entries: Iterable[Entry]) -> list[Entry]:
+    """Wide elements first: every tensor then lies at a multiple of its own element's size."""
+    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+
+
+def _header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+    content: dict[str, object] = {"__metadata__": dict(metadata)}
     place = 0
     for entry in entries:
         end = place + entry.nbytes
@@ -88,7 +108,8 @@ def _header(entries: Iterable[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(stream: BinaryIO, block: Tensor) -> None:
-    if block.numel():
-        flat = block.detach().contiguous().reshape(-1)
-        stream.write(flat.view(torch.uint8).numpy().data)
+def _buffer(block: Tensor) -> memoryview:
+    """The block's bytes, in its own memory where that is dense."""
+    flat = block.detach().contiguous().reshape(-1)
+    # An empty tensor cannot be viewed as bytes.
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
