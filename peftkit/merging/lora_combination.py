@@ -69,7 +69,7 @@ def combined_factors(parts: Sequence[Factors | None], how: Arithmetic) -> tuple[
     singular = b.double().square().sum(0)
     rank = min(how.rank or sum(part.rank for part in given), len(singular))
     kept = NormHeld(float(singular[:rank].sum()), float(singular.sum()))
-    a, b = a[:rank].contiguous(), b[:, :rank].contiguous()
+    a, b = a[:rank].float().contiguous(), b[:, :rank].float().contiguous()
     return Factors(a, b, embedding=given[0].embedding), kept
 
 
@@ -77,6 +77,8 @@ def _through_peft(pairs: Sequence[tuple[Factors, float]], how: Arithmetic) -> tu
     from peft import LoraConfig, get_peft_model
 
     widths = pairs[0][0].widths
+    # In float32 an svd of a wide layer comes near the bound of the verification.
+    dtype = torch.float64 if decomposes(how.combine) else torch.float32
     # An embedding's factors combine like those of a linear layer from V to its width.
     model: Any = nn.Sequential(nn.utils.skip_init(nn.Linear, *widths, bias=False))
     keys = [f"source{number}" for number in range(len(pairs))]
@@ -87,7 +89,8 @@ def _through_peft(pairs: Sequence[tuple[Factors, float]], how: Arithmetic) -> tu
         else:
             model.add_adapter(key, config)
         layer = model.base_model.model[0]
-        layer.lora_A[key].weight.data, layer.lora_B[key].weight.data = part.a, part.b
+        layer.lora_A[key].weight.data = part.a.to(dtype)
+        layer.lora_B[key].weight.data = part.b.to(dtype)
         layer.scaling[key] = part.scaling
     model.base_model.add_weighted_adapter(
         keys,
