@@ -17,10 +17,10 @@ from peftkit.contracts import Delta
 from peftkit.errors import RegistryError
 from peftkit.merging.held_base import HeldBase
 from peftkit.modeling.base_tensors import BaseTensors
-from peftkit.modeling.deltas import adapter_parameters, apply_delta
+from peftkit.modeling.deltas import adapter_parameters
 from peftkit.modeling.loading import skeleton, spec_config
 from peftkit.modeling.parameters import mark_new
-from peftkit.registry.fitting import model_spec
+from peftkit.registry.fitting import model_spec, put_on
 from peftkit.registry.manifest import DeltaInfo
 
 _BLOCK_BYTES = 1 << 20
@@ -46,7 +46,7 @@ class Fold:
         """The same with the adapter's modules in their places."""
         names = {id(module): name for name, module in self.carrier.named_modules()}
         own = {id(p): name for name, p in self.carrier.named_parameters()}
-        adapted = apply_delta(self.carrier, delta)
+        adapted = put_on(self.carrier, delta)
         self._layers: dict[str, list[Any]] = {}
         self._merged: dict[str, Tensor] = {}
         self._given = dict(delta.tensors)

@@ -18,9 +18,8 @@ from transformers import AutoTokenizer
 from peftkit.contracts import Delta
 from peftkit.data.sample import sample_sentences
 from peftkit.errors import RegistryError
-from peftkit.modeling.deltas import apply_delta
 from peftkit.modeling.loading import load_model
-from peftkit.registry.fitting import load_options, model_spec
+from peftkit.registry.fitting import load_options, model_spec, put_on
 from peftkit.registry.manifest import DeltaInfo, Verification
 
 PROBE_SENTENCES = 8
@@ -56,7 +55,7 @@ SAME_4_BITS = Bound(kl_divergence=1e-5)
 def trained_model(folder: Path, info: DeltaInfo, delta: Delta) -> nn.Module:
     """The delta on its base as the run held it, computing in float32 and in eval mode."""
     model = load_model(folder, model_spec(info), load_options(info))
-    return computing_in_float32(apply_delta(model, delta))
+    return computing_in_float32(put_on(model, delta))
 
 
 def computing_in_float32(model: nn.Module) -> nn.Module:

@@ -130,15 +130,12 @@ def _apply_adapter(model: PreTrainedModel, delta: Delta) -> nn.Module:
     config = PeftConfig.from_peft_type(**{**(delta.adapter_config or {}), "inference_mode": True})
     unmatched(model, delta.adapter_config or {})  # refuses an expression that would never end
     model.name_or_path = config.base_model_name_or_path or ""
-    try:
-        with warnings.catch_warnings():
-            # PEFT still asks transformers for `is_gradient_checkpointing`.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            # It sets it right for the layer at hand: in 4 bits a GPT-2 has other layers.
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-            adapted = get_peft_model(model, config)
-    except (TypeError, ValueError) as error:
-        raise RegistryError(f"delta: PEFT refuses it: {' '.join(str(error).split())}") from error
+    with warnings.catch_warnings():
+        # PEFT still asks transformers for `is_gradient_checkpointing`.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # It sets it right for the layer at hand: in 4 bits a GPT-2 has other layers.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        adapted = get_peft_model(model, config)
     expected = _adapter_tensors(adapted)
     refuse_mismatch(expected, delta.tensors)
     for parameter in _parameters_of(adapted, expected).values():

@@ -30,6 +30,8 @@ from peftkit.staging import fsync_path, staging_name
 
 MAX_MEMBERS = 10_000
 
+_DAMAGE = (EOFError, MemoryError, OverflowError, RecursionError, ValueError, tarfile.TarError)
+"""What tarfile raises on hostile headers: a size of a TiB, a chain of a thousand extensions."""
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
 
@@ -116,8 +118,8 @@ def _read(source: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
         raise RegistryError(f"{source}: {problem}" for problem in error.problems) from error
     except OSError as error:
         raise unreadable(source, "read", error) from error
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RegistryError(f"{source}: cannot be read as an archive ({reason})") from error
     return documents, blobs
 

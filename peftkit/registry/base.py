@@ -19,7 +19,12 @@ def base_of(stored: StoredDelta) -> Path:
     from peftkit.modeling.base import BaseConfig, resolve_base
     from peftkit.registry.fitting import BaseIdentity
 
-    folder = resolve_base(BaseConfig.model_validate(stored.info.recipe["base"])).path
+    try:
+        config = BaseConfig.model_validate(stored.info.recipe["base"])
+    except (KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RegistryError(f"{stored}: its info names no usable base ({reason})") from error
+    folder = resolve_base(config).path
     if problems := BaseIdentity.of(folder).problems(stored):
         raise RegistryError(problems)
     return folder

@@ -3,22 +3,36 @@
 Called by `registry.loading` and `registry.shared`; imports `modeling`.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from peftkit.contracts import Delta, LoadOptions
+from peftkit.errors import RegistryError
 from peftkit.modeling.config import differences_from, read_config
+from peftkit.modeling.deltas import apply_delta
 from peftkit.modeling.identity import base_digest, tokenizer_digest
-from peftkit.modeling.loading import ModelSpec, held_dtype
+from peftkit.modeling.loading import HELD_DTYPES, ModelSpec, held_dtype
 from peftkit.modeling.parameters import freeze, set_precision
 from peftkit.modeling.sharing import Held
 from peftkit.registry.manifest import DeltaInfo
 from peftkit.registry.reading import StoredDelta
+
+_REFUSALS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    TypeError,
+    UserWarning,
+    ValueError,
+)
+"""What PEFT raises over settings that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +82,26 @@ class BaseIdentity:
 
 
 def model_spec(info: DeltaInfo) -> ModelSpec:
-    """What the run built on the base's files."""
-    return ModelSpec(
-        info.model["auto_class"],
-        _config_overrides(info.model["config"]),
-        info.model["dropout"],
-        info.model["mixed_precision"],
-    )
+    """What the run built on the base's files.
+
+    Raises:
+        RegistryError: the info does not say.
+    """
+    precision = _said(info, "mixed_precision")
+    if precision not in HELD_DTYPES:
+        raise RegistryError(
+            f"delta: its info says mixed_precision {str(precision)[:40]!r}, "
+            f"expected one of {', '.join(HELD_DTYPES)}"
+        )
+    config = _config_overrides(_said(info, "config"))
+    return ModelSpec(_said(info, "auto_class"), config, _said(info, "dropout"), precision)
 
 
 def load_options(info: DeltaInfo) -> LoadOptions:
     """How the run loaded its base."""
     return LoadOptions(
         quantisation=info.quantisation,
-        frozen=info.model["frozen"],
+        frozen=_said(info, "frozen"),
         keeps_float32=info.model.get("keeps_float32", False),
     )
 
@@ -91,6 +111,21 @@ def held_by(info: DeltaInfo) -> Held:
     return Held(held_dtype(model_spec(info), load_options(info)), info.quantisation)
 
 
+def put_on(model: PreTrainedModel, delta: Delta) -> nn.Module:
+    """Put a delta on a model, changing it in place, whatever PEFT makes of the settings.
+
+    Raises:
+        RegistryError: settings that PEFT refuses, or tensors that do not fit.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PEFT would leave out settings that it does not know.
+            warnings.filterwarnings("error", "Unexpected keyword arguments", UserWarning)
+            return apply_delta(model, delta)
+    except _REFUSALS as error:
+        raise RegistryError(f"delta: PEFT refuses it: {' '.join(str(error).split())}") from error
+
+
 def restore_precision(model: nn.Module, held: torch.dtype, delta: Delta) -> None:
     """Hold what was frozen in training as it was held then; freeze everything, in place."""
     if delta.kind == "weights":
@@ -98,6 +133,12 @@ def restore_precision(model: nn.Module, held: torch.dtype, delta: Delta) -> None
             parameter.requires_grad = name in delta.tensors
     set_precision(model, held)
     freeze(model)
+
+
+def _said(info: DeltaInfo, key: str) -> Any:
+    if key not in info.model:
+        raise RegistryError(f"delta: its info says nothing of model.{key}; save it again")
+    return info.model[key]
 
 
 def _config_overrides(stored: dict[str, Any]) -> dict[str, Any]:

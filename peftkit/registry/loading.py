@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftkit import plugins
 from peftkit.contracts import Delta, Task
-from peftkit.modeling.deltas import apply_delta
+from peftkit.errors import RegistryError
 from peftkit.modeling.loading import load_model
 from peftkit.registry.base import base_of
-from peftkit.registry.fitting import held_by, load_options, model_spec, restore_precision
+from peftkit.registry.fitting import held_by, load_options, model_spec, put_on, restore_precision
 from peftkit.registry.root import default_root
 from peftkit.registry.store import Registry, StoredDelta
 
@@ -47,12 +47,21 @@ def on_base(folder: Path, stored: StoredDelta, delta: Delta) -> LoadedDelta:
     """Put `delta` on the base in `folder`, which is checked, as the info of `stored` says.
 
     Raises:
-        RegistryError: tensors that do not fit.
+        RegistryError: tensors that do not fit, or an info that names no usable task.
     """
     info = stored.info
-    model = apply_delta(load_model(folder, model_spec(info), load_options(info)), delta)
+    model = put_on(load_model(folder, model_spec(info), load_options(info)), delta)
     restore_precision(model, held_by(info).dtype, delta)
-    task_class = plugins.load("tasks", info.task["type"])
-    task = task_class(task_class.Config.model_validate(info.task))
+    task = _task_of(stored)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return LoadedDelta(model.eval(), task, tokenizer, stored)
+
+
+def _task_of(stored: StoredDelta) -> Task:
+    try:
+        task_class = plugins.load("tasks", stored.info.task["type"])
+        task: Task = task_class(task_class.Config.model_validate(stored.info.task))
+        return task
+    except (KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RegistryError(f"{stored}: its info names no usable task ({reason})") from error

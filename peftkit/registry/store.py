@@ -190,6 +190,8 @@ class Registry:
         Raises:
             RegistryError: no such tag.
         """
+        check_name(name)
+        check_tag(tag)
         if not self.tags.has(name, tag):
             known = suggestion(tag, self.tags.of(name))
             raise RegistryError(f"{self.root}: no tag '{name}@{tag}'; {known}")

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError
-from peftkit.modeling.deltas import adapter_slots, apply_delta, refuse_mismatch, weights_slots
+from peftkit.modeling.deltas import adapter_slots, refuse_mismatch, weights_slots
 from peftkit.modeling.sharing import shape_of
-from peftkit.registry.fitting import restore_precision
+from peftkit.registry.fitting import put_on, restore_precision
 from peftkit.registry.manifest import DeltaInfo
 from peftkit.registry.mixing import LoraMixture, mixable
 
@@ -39,7 +39,7 @@ class Structure:
             RegistryError: tensors that do not fit, or an adapter that would change the base.
         """
         _refuse_moved_base(delta)
-        adapted = apply_delta(model, delta)
+        adapted = put_on(model, delta)
         restore_precision(adapted, held, delta)
         self.model: nn.Module = adapted.eval()
         self._slots = _slots(adapted, delta)

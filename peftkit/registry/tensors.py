@@ -33,6 +33,10 @@ BIT_DELTA = "peftkit.bit-delta"
 """Key of the metadata of tensors that are kept as differences to the base's; the only one, since
 safetensors writes several in any order."""
 
+_MOST = {b"{": 1, b"[": 12, b":": 10}
+"""How often a character of JSON stands in a header for each tensor, with what says how to restore a
+difference to the base: up to eight planes of two values, and six keys."""
+
 _METADATA_KEY = "__metadata__"
 _NAMED_PROBLEMS = 20
 
@@ -160,7 +164,7 @@ def check_header(data: bytes, where: str) -> dict[str, str]:
         )
     header = data[8 : 8 + size]
     # Counted before parsing: four MiB of '{}' would become more than a million objects.
-    if header.count(b"{") > MAX_TENSORS + 2:
+    if any(header.count(mark) > most * MAX_TENSORS + 2 for mark, most in _MOST.items()):
         raise RegistryError(f"{where}: more than {MAX_TENSORS} tensors, which is the most allowed")
     try:
         entries = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
