@@ -61,7 +61,7 @@ def merge(
         str | None, typer.Option("--save-as", metavar="NAME", help="Name of the new delta.")
     ] = None,
     combine: Annotated[
-        str | None, typer.Option(help="cat, svd, linear, ties, dare_ties, … See docs/cli.md.")
+        str | None, typer.Option(help="cat, svd, linear, ties, dare_ties, … See docs/combining.md.")
     ] = None,
     weights: Annotated[
         list[float] | None, typer.Option(help="One number a delta; default: equal ones.")
@@ -97,12 +97,12 @@ def with_repeated_weights(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     after = False
     for word in arguments:
-        if word == "--weights":
-            after = True
-        elif after and _is_number(word):
-            found += ["--weights", word]
+        if after and _is_number(word):
+            if found[-1] != "--weights":
+                found.append("--weights")
+            found.append(word)
         else:
-            after = False
+            after = word == "--weights"
             found.append(word)
     return found
 
@@ -116,7 +116,8 @@ def _is_number(word: str) -> bool:
 
 
 def _refuse(given: dict[str, Any], keys: Sequence[str], why: str) -> None:
-    problems = [f"--{key.replace('_', '-')}: {why}" for key in keys if given[key]]
+    used = [key for key in keys if given[key] not in (None, []) and given[key] is not False]
+    problems = [f"--{key.replace('_', '-')}: {why}" for key in used]
     if problems:
         raise UsageError(problems)
 
