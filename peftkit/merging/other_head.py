@@ -26,17 +26,12 @@ def under_head(
 
     What the model of the other head does not have is left out.
     """
-    files = BaseTensors(folder)
     (body_info, body_delta), (head_info, head_delta) = body, head
-    own = head_tensors(empty_model(folder, body_info, files))
-    model = empty_model(folder, head_info, files)
+    model = empty_model(folder, head_info, BaseTensors(folder))
     fold = Fold(folder, head_info, head_delta, HeldBase(folder, head_info))
     taken = {name: fold.tensor(name) for name in sorted(head_tensors(model))}
-    kept = {
-        name: tensor
-        for name, tensor in body_delta.tensors.items()
-        if _place(name) not in own and _has(model, _place(name))
-    }
+    places = {*dict(model.named_parameters()), *dict(model.named_modules())}
+    kept = {name: tensor for name, tensor in body_delta.tensors.items() if _place(name) in places}
     info = head_info.model_copy(
         update={
             "kind": body_delta.kind,
@@ -67,7 +62,3 @@ def _joined(
 def _place(name: str) -> str:
     """Name in the model of a tensor of a delta; of its layer for a LoRA's factors."""
     return name.removeprefix(PREFIX).partition(".lora_")[0]
-
-
-def _has(model: PreTrainedModel, place: str) -> bool:
-    return place in dict(model.named_parameters()) or place in dict(model.named_modules())

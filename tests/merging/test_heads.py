@@ -1,5 +1,7 @@
 """Heads are averaged where they answer the same; else one parent's head is taken, with its task."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_runs
 import torch
@@ -93,6 +95,33 @@ def answers_questions(registry, folder):
     about = {"auto_class": "AutoModelForQuestionAnswering", "config": {}}
     info = info.model_copy(update={"model": info.model | about, "labels": None})
     registry.save("spans", delta, info)
+
+
+@pytest.mark.parametrize(
+    "section", [LORA, {"type": "full"}, LORA | {"modules_to_save": ["pooler"]}]
+)
+def test_a_body_under_a_head_for_another_class_leaves_out_what_that_lacks(
+    base_of, tmp_path, section
+):
+    from peftkit.merging.other_head import under_head
+    from peftkit.registry.loading import on_base
+
+    registry = Registry(tmp_path)
+    store(registry, base_of("bert"), "classes", section, seed=3)
+    answers_questions(registry, base_of("bert"))
+    body, head = (registry.find(name) for name in ("classes", "spans"))
+    pairs = [(stored.info, registry.read_delta(stored)) for stored in (body, head)]
+    info, delta = under_head(base_of("bert"), *pairs)
+    model = on_base(base_of("bert"), replace(head, info=info), delta).model
+    found = dict(model.named_parameters())
+    whole, spans = (pair[1].tensors for pair in pairs)
+    place = "modules_to_save.default.weight" if delta.kind == "adapter" else "weight"
+    (output,) = [p for name, p in found.items() if name.endswith(f"qa_outputs.{place}")]
+    assert torch.equal(output, spans["base_model.model.qa_outputs.weight"])
+    kept = {name for name in whole if "pooler" not in name and "classifier" not in name}
+    assert kept < delta.tensors.keys()
+    assert len(delta.tensors) == len(kept) + 2
+    assert all(torch.equal(delta.tensors[name], whole[name]) for name in kept)
 
 
 def test_a_head_that_is_not_the_average_is_noticed(registry, combined, monkeypatch):
