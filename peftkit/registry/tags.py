@@ -31,9 +31,12 @@ class Tags:
         Raises:
             RegistryError: the folder cannot be listed.
         """
+        return self._read_all("")
+
+    def _read_all(self, prefix: str) -> tuple[dict[str, Version], list[str]]:
         found: dict[str, Version] = {}
         problems: list[str] = []
-        for entry in listed(self.folder):
+        for entry in (entry for entry in listed(self.folder) if entry.startswith(prefix)):
             try:
                 version = None if entry.startswith(".") else self.read(entry)
             except RegistryError as error:
@@ -78,8 +81,8 @@ class Tags:
     def of(self, name: str) -> dict[str, Version]:
         """Tag → version for one name, without what is damaged."""
         prefix = f"{name}@"
-        found, _ = self.all()
-        return {e.removeprefix(prefix): v for e, v in found.items() if e.startswith(prefix)}
+        found, _ = self._read_all(prefix)
+        return {entry.removeprefix(prefix): version for entry, version in found.items()}
 
     def has(self, name: str, tag: str) -> bool:
         """Whether there is such a tag, damaged or not."""

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peftkit.errors import RegistryError
 from peftkit.modeling.loading import ModelSpec, load_model
 from peftkit.modeling.parameters import trainable_parameters
 from peftkit.registry import Registry
+from peftkit.registry.loading import load_delta
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,7 @@ import tiny_runs
 from safetensors.torch import load_file, save_file
 from peftkit.registry import Registry
 from peftkit.registry.loading import load_delta
+from peftkit.registry.loading import load_delta
 place, found = Path(sys.argv[1]), {}
 for name in sys.argv[2:]:
     model = load_delta(name, registry=Registry(place / "registry")).model
@@ -56,10 +59,15 @@ save_file(found, place / "found")
 
 
 def with_head_of_its_own(folder: Path, source: Path) -> Path:
-    """A language model whose head is not tied to its embeddings, in a base's files."""
+    """A language model whose head is not tied to its embeddings, in a base's files.
+
+    Its logits are near one: the last bit of a larger one is more than 1e-6 where another process
+    lays its tensors at other addresses.
+    """
     shutil.copytree(source, folder)
     torch.manual_seed(3)
-    config = AutoConfig.from_pretrained(source, tie_word_embeddings=False)
+    options = {"tie_word_embeddings": False, "initializer_range": 0.1}
+    config = AutoConfig.from_pretrained(source, **options)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -113,3 +121,27 @@ def test_logits_are_the_same_in_another_process(name, results):
     expected, found, lost = results[name]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert lost == set()
+
+
+def test_a_head_that_is_left_out_is_seen(base_of, tmp_path, monkeypatch):
+    """The planted fault: a delta without one of the trained parameters."""
+    real = tiny_runs.make_method
+
+    def make_method(section):
+        method = real(section)
+        take = method.delta
+
+        def delta(model):
+            found = take(model)
+            del found.tensors[next(name for name in found.tensors if "classifier.weight" in name)]
+            return found
+
+        method.delta = delta
+        return method
+
+    monkeypatch.setattr(tiny_runs, "make_method", make_method)
+    registry = Registry(tmp_path)
+    _, _, lost = stored(registry, base_of("bert"), "head", LORA, tiny_runs.AUTO_CLASS)
+    assert [name.rpartition(".")[2] for name in lost] == ["weight"]
+    with pytest.raises(RegistryError, match="is missing"):
+        load_delta("head", registry=registry)
