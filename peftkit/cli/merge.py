@@ -116,7 +116,7 @@ def _is_number(word: str) -> bool:
 
 
 def _refuse(given: dict[str, Any], keys: Sequence[str], why: str) -> None:
-    used = [key for key in keys if given[key] not in (None, []) and given[key] is not False]
+    used = [key for key in keys if given[key] not in (None, [], ()) and given[key] is not False]
     problems = [f"--{key.replace('_', '-')}: {why}" for key in used]
     if problems:
         raise UsageError(problems)
