@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -70,3 +72,49 @@ def test_stored_lora_opens_with_plain_peft(tmp_path):
         logits = model(**inputs).logits
     expected = torch.tensor([row["logits"] for row in stored])
     assert (logits - expected).abs().max() <= 1e-5
+
+
+def test_two_deltas_of_other_methods_and_tasks_score_on_one_base_as_their_runs_did(tmp_path):
+    recipes = ["lora_sst2", "top_layers_cola"]
+    for name in recipes:
+        done = peftkit(
+            tmp_path, str(ROOT / "peftkit" / "run.py"), str(ROOT / f"recipes/{name}.yaml"), *SHORT
+        )
+        assert done.returncode == 0, done.stderr
+
+    from accelerate import Accelerator
+    from transformers import AutoTokenizer
+
+    from peftkit import plugins
+    from peftkit.modeling.base import BaseConfig
+    from peftkit.registry import Registry
+    from peftkit.registry.shared import SharedBase
+    from peftkit.training.evaluation import Evaluator
+
+    registry = Registry(tmp_path / "registry")
+    shared = SharedBase(BaseConfig(**registry.find("lora_sst2").info.recipe["base"]), registry)
+    before = shared.digest()
+    for name in recipes:
+        shared.attach(name)
+    for name in [*recipes, *reversed(recipes)]:
+        info = shared.stored(name).info
+        task_class = plugins.load("tasks", info.task["type"])
+        task = task_class(task_class.Config.model_validate(info.task))
+        tokenizer = AutoTokenizer.from_pretrained(shared.identity.folder)
+        data = task.load(tokenizer, seed=info.run.seed)
+        evaluator = Evaluator(Accelerator(), info.recipe["training"]["per_device_eval_batch_size"])
+        with shared.using(name):
+            found = evaluator.evaluate(_Answers(shared), task, data.validation).metrics
+        assert found == info.run.metrics
+    assert shared.digest() == before
+
+
+class _Answers(torch.nn.Module):
+    """A shared base as the evaluation calls a model."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, **batch):
+        return SimpleNamespace(logits=self.shared(batch))

@@ -53,7 +53,7 @@ class Fold:
         if delta.adapter_config is not None:
             _refuse_prompts(adapted)
             kept = adapter_parameters(adapted).values()
-            self._given = {own[id(p)]: p.detach() for p in kept if id(p) in own}
+            self._given = {own[id(p)]: p.detach().clone() for p in kept if id(p) in own}
             self._given |= _saved_modules(adapted, names)
             for layer in _adapter_layers(adapted):
                 self._layers.setdefault(names[id(layer.get_base_layer())], []).append(layer)
@@ -131,8 +131,9 @@ class Fold:
         """The layer's parameters after its adapters; the others of the model stay empty."""
         base_layer = self._layers[layer][0].get_base_layer()
         for name, parameter in base_layer.named_parameters(recurse=False):
-            if f"{layer}.{name}" not in self._given:
-                parameter.data = self.base(f"{layer}.{name}")
+            given = self._given.get(f"{layer}.{name}")
+            own = self.base(f"{layer}.{name}") if given is None else given.clone()
+            parameter.data = own
         with torch.no_grad():
             for adapter in self._layers[layer]:
                 adapter.merge()
