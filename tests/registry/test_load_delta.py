@@ -8,6 +8,7 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 
+from peftkit import registry
 from peftkit.errors import RegistryError
 from peftkit.modeling.identity import base_digest, tokenizer_digest
 from peftkit.registry.loading import load_delta
@@ -219,3 +220,12 @@ def test_dropout_of_the_recipe_comes_back(base_of, tmp_path):
     registry.save("delta", delta, tiny_runs.info_for(base_of("bert"), method, delta, dropout=0.3))
     loaded = load_delta("delta", registry=registry)
     assert loaded.model.config.hidden_dropout_prob == 0.3
+
+
+def test_the_room_itself_loads_by_name(base_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTKIT_REGISTRY", str(tmp_path))
+    folder = base_of("bert")
+    trained_and_stored(folder, Registry(tmp_path), SECTIONS["lora"])
+    batch = tiny_runs.make_batch(folder)
+    expected = tiny_runs.logits_of(load_delta("delta").model, batch)
+    assert torch.equal(tiny_runs.logits_of(registry.load("delta").model, batch), expected)
