@@ -64,6 +64,7 @@ def test_parents_with_the_results_head_are_scored_with_the_result(registry):
     assert expected.keys() == {"loss", "accuracy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["two", "three"], ["two", "full-three"]])
 def test_a_parent_with_another_head_keeps_it(registry, names):
     combined(registry, names, [0.0, 1.0], head_from="two")  # the body is the other parent's
@@ -72,6 +73,7 @@ def test_a_parent_with_another_head_keeps_it(registry, names):
     assert scores["two@v1"] == own(registry, "both") != own(registry, "two")
 
 
+@pytest.mark.slow
 def test_what_the_parents_runs_recorded_stands_beside(registry):
     stored = registry.find("two")
     run = stored.info.run.model_copy(update={"metrics": {"accuracy": 0.25}})

@@ -75,6 +75,7 @@ def test_task_arithmetic_of_any_kinds_is_the_weighted_sum(
     assert (stored.info.kind, stored.info.method["combine"]) == ("weights", "linear")
 
 
+@pytest.mark.slow
 def test_only_what_some_delta_changes_is_in_the_result(registry, combined):
     stored = combined(["lora", "dora"])
     names = registry.read_delta(stored).tensors.keys()
@@ -97,6 +98,7 @@ def test_every_word_makes_a_delta_that_is_loaded_and_attached(registry, combined
     registry.verify(stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", [word for word in ON_FACTORS if "dare" not in word])
 def test_the_factors_are_those_that_peft_makes_of_a_whole_model(
     registry, combined, base_of, combine
@@ -195,6 +197,7 @@ def test_an_svd_of_low_rank_says_what_it_holds(registry, combined, merged_weight
     assert combined(names, weights, combine="svd").info.method["norm_held"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 64])
 def test_a_rank_above_a_layers_width_is_cut_to_it(registry, combined, rank):
     stored = combined(["lora", "lora-other"], combine="ties_svd", density=0.5, rank=rank)
@@ -248,6 +251,7 @@ def test_other_architectures(base_of, tmp_path, combined, model_type):
         assert info.method["drift"]["relative_distance"] < 1e-6
 
 
+@pytest.mark.slow
 def test_plain_peft_opens_the_result(registry, combined, base_of):
     import warnings
 
@@ -333,6 +337,7 @@ def test_files_that_read_back_as_another_delta_are_noticed(registry, combined, m
         assert said.startswith(WRONG)
 
 
+@pytest.mark.slow
 def test_a_store_that_gives_back_another_delta_loses_the_version(registry, combined, monkeypatch):
     read = Registry.read_delta
 

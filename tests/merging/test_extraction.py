@@ -102,6 +102,7 @@ def test_plain_peft_opens_it(base_of, tmp_path, model_type):
     assert torch.equal(found, logits(registry, "small", base_of(model_type)))
 
 
+@pytest.mark.slow
 def test_layers_that_are_stored_transposed(base_of, tmp_path):
     from peftkit.merging.combining import combine
     from peftkit.merging.plan import plan_from

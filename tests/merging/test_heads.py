@@ -64,6 +64,7 @@ def test_opposite_weights_subtract_a_body_under_a_chosen_head(combined):
     assert info.method["drift"]["relative_distance"] < 1e-6
 
 
+@pytest.mark.slow
 def test_what_the_chosen_heads_model_lacks_is_left_out_and_told(base_of, tmp_path):
     from peftkit.merging.combining import combine
     from peftkit.merging.plan import plan_from

@@ -159,6 +159,7 @@ def cycle(shared, batch, count):
             shared.detach(name)
 
 
+@pytest.mark.slow
 def test_the_base_is_the_same_to_the_last_bit_after_100_cycles(base_of, shared):
     digest, batch = shared.digest(), batch_of(base_of, size=1)
     before = answers(shared, None, batch)
