@@ -73,7 +73,7 @@ def _check_links(versions: Versions, blobs: Blobs) -> None:
         try:
             found = versions.links(versions.path(version))
             manifest = blobs.read_small(versions.manifest(version), limit=MAX_DOCUMENT_BYTES)
-            problems = [] if found == links_of(manifest) else ["has other links than it should"]
+            problems = [] if found == links_of(manifest) else ["has damaged links; verify it first"]
         except RegistryError as error:
             problems = error.problems
         if problems and not versions.is_gone(version):
@@ -85,12 +85,12 @@ def _linked(versions: Versions, folders: list[Path]) -> set[str]:
     for folder in folders:
         try:
             links = versions.links(folder)
+            if None in links.values():
+                raise RegistryError(f"{folder}: holds what is no link to a blob; verify it first")
         except RegistryError:
             if folder.exists():
                 raise
             continue  # published or removed since
-        if None in links.values():
-            raise RegistryError(f"{folder}: holds what is no link to a blob; verify it first")
         found.update(digest for digest in links.values() if digest)
     return found
 

@@ -91,7 +91,7 @@ def twice(whole: bytes, draw: random.Random) -> bytes:
 def bombs() -> Iterator[bytes]:
     """Headers that are small to send and large to read."""
     entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    for count in (20_000, 20_001, 60_000, 1_000_000):
+    for count in (20_000, 20_001, 60_000, 300_000):
         names = ",".join(f'"{i}":{entry}' for i in range(count))
         yield file_of(f"{{{names}}}".encode())
     for filler in ('"%d":{},', '"%d":0,', '"%d":[],', '"%d":"",'):

@@ -163,6 +163,22 @@ def test_a_save_that_is_published_while_gc_looks_keeps_its_blobs(fast_factory, m
     assert state_of(registry.root) == {"reviews@v1": 1.0}
 
 
+def test_a_save_that_is_published_while_gc_reads_its_links_is_kept(fast_factory, monkeypatch):
+    registry = Registry(fast_factory() / "store")
+    links = registry.versions.links(registry.save("gone", weights(1), info()).path)
+    registry.rm("gone")
+    staged, real = registry.versions.stage(links), os.readlink
+
+    def readlink(path):
+        if staged.exists():
+            registry.versions.place(staged, Version("reviews", 1))
+        return real(path)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    registry.gc()
+    assert state_of(registry.root) == {"reviews@v1": 1.0}
+
+
 def test_an_index_written_meanwhile_by_another_is_written_again(fast_factory, monkeypatch):
     """Two writers: the second one's version is published while the first writes `index.json`."""
     root = fast_factory() / "store"

@@ -52,7 +52,7 @@ def test_twenty_thousand_mutated_headers_are_read_or_refused_quickly_in_little_m
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("guard", "said"), [("bounds", "MemoryError"), ("duplicates", "twice: was read")]
+    ("guard", "said"), [("bounds", "bomb 3: "), ("duplicates", "twice: was read")]
 )
 def test_without_its_guard_a_header_does_harm(guard, said):
     assert said in " ".join(read_headers(400, "--without", guard)["bad"])
