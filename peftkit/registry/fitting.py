@@ -4,7 +4,8 @@ Called by `registry.loading` and `registry.shared`; imports `modeling`.
 """
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ _REFUSALS = (
     LookupError,
     OSError,
     TypeError,
-    UserWarning,
     ValueError,
 )
 """What PEFT raises over settings that do not fit."""
@@ -118,12 +118,28 @@ def put_on(model: PreTrainedModel, delta: Delta) -> nn.Module:
         RegistryError: settings that PEFT refuses, or tensors that do not fit.
     """
     try:
+        _refuse_unknown(delta.adapter_config or {})
         with warnings.catch_warnings():
-            # PEFT would leave out settings that it does not know.
-            warnings.filterwarnings("error", "Unexpected keyword arguments", UserWarning)
+            warnings.filterwarnings("ignore", "Unexpected keyword arguments", UserWarning)
             return apply_delta(model, delta)
     except _REFUSALS as error:
         raise RegistryError(f"delta: PEFT refuses it: {' '.join(str(error).split())}") from error
+
+
+def _refuse_unknown(settings: Mapping[str, Any]) -> None:
+    """PEFT leaves out settings that it does not know. One that is empty has no effect anyway.
+
+    Raises:
+        ValueError: names them.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    configs: Mapping[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    config = configs.get(settings.get("peft_type"))
+    known = {field.name for field in fields(config)} if config else settings.keys()
+    unknown = sorted(key for key, value in settings.items() if value and key not in known)
+    if unknown:
+        raise ValueError(f"this version does not know the settings {', '.join(unknown)[:200]}")
 
 
 def restore_precision(model: nn.Module, held: torch.dtype, delta: Delta) -> None:

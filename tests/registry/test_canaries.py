@@ -208,6 +208,14 @@ def test_strange_settings_of_an_adapter_run_nothing(
     loads(stored)
 
 
+def test_settings_that_peft_would_leave_out_are_refused(canary, stored):
+    saved_again(stored, novel=1, dropped=None)
+    line = "PEFT refuses it: this version does not know the settings novel"
+    assert loads(stored) == [f"delta: {line}", f"delta@v2: {line}"]
+    saved_again(stored, dropped=None)
+    assert loads(stored) == []
+
+
 def test_strange_settings_end_in_one_line_of_the_command(canary, stored, monkeypatch, capsys):
     monkeypatch.setenv("PEFTKIT_REGISTRY", str(stored[1].root))
     saved_again(stored, peft_type="peftkit_canary")
