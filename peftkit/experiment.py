@@ -56,8 +56,7 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
     try:
         with StopRequest().listening() as stop:
             _carry_out(facts, stop, resume=on_exists == "resume")
-    except BaseException as error:
-        # However it ended, the record comes first; the error goes on its way.
+    except BaseException as error:  # however it ended, the record comes first
         _finish(facts, status_of(error), error)
         if is_out_of_memory(error):
             raise RunError(_out_of_memory_line(facts)) from error

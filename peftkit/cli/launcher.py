@@ -29,6 +29,8 @@ def main() -> int:
 
 def _silence() -> None:
     """Drop what the launcher of several processes logs about a signal or a failed process."""
+    import torch.distributed.run  # noqa: F401  its loggers set their own levels as they are made
+
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

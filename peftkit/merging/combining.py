@@ -59,8 +59,7 @@ def combine(registry: Registry, plan: CombinePlan) -> Combined:
     parents = Parents(folder, sources)
     result = _combined(parents, _arithmetic(sources, plan))
     info = _info(sources, plan, result)
-    expected = Parents(folder, sources).weighted_sum()  # a fold is read once
-    info = checked(folder, info, result.delta, expected, exact=result.exact)
+    info = checked(folder, info, result.delta, parents.weighted_sum(), exact=result.exact)
     stored = save_and_read_back(registry, plan.save_as, result.delta, info, folder)
     return Combined(stored, parents.left_out())
 

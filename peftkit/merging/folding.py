@@ -6,6 +6,7 @@ its weights.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ class Fold:
                 self._layers.setdefault(names[id(layer.get_base_layer())], []).append(layer)
         self._refuse_loosened_ties()
 
-    @property
+    @cached_property
     def changed(self) -> frozenset[str]:
         """Names of the tensors that the delta gives or may change, heads included."""
         return frozenset(self._given) | self.adapted
 
-    @property
+    @cached_property
     def adapted(self) -> frozenset[str]:
         """Names of the tensors that an adapter is folded into; none for a delta of weights."""
         return frozenset(name for layer in self._layers for name in self._touched(layer))

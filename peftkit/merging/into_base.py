@@ -4,9 +4,6 @@ Called by the `merge` verb. The base's files are read and never written to.
 """
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +29,7 @@ from peftkit.merging.verification import (
 )
 from peftkit.merging.writing import Form, write_model, written_dtype
 from peftkit.modeling.four_bit import keep_cpu_weights_unpacked
+from peftkit.modeling.loading import QuietLoading
 from peftkit.registry import Registry, StoredDelta
 from peftkit.registry.base import base_of
 from peftkit.registry.manifest import Verification
@@ -152,7 +150,7 @@ def _reopened(folder: Path, fold: Fold) -> nn.Module:
     """
     four_bit = hasattr(fold.model.config, "quantization_config")
     opened: Any
-    with _quiet_loading():
+    with QuietLoading():
         opened = type(fold.model).from_pretrained(
             folder,
             dtype=fold.base.held if four_bit else torch.float32,
@@ -168,20 +166,6 @@ def _reopened(folder: Path, fold: Fold) -> nn.Module:
         )
     keep_cpu_weights_unpacked(model)
     return computing_in_float32(model)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without the progress bar and the report, which is looked at."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
 
 
 def _answers_by_target(

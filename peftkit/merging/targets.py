@@ -16,11 +16,9 @@ from peftkit.registry.manifest import DeltaInfo
 
 Target = Literal["dequantised", "original", "quantised"]
 
-TARGETS: dict[Target, str] = {
-    "dequantised": "the base as 4 bits left it: what the delta was trained over",
-    "original": "the base before it was rounded to 4 bits",
-    "quantised": "4 bits again, after folding into the dequantised base",
-}
+TARGETS: tuple[Target, ...] = ("dequantised", "original", "quantised")
+"""The base as 4 bits left it, which the delta was trained over; the base before it was rounded to 4
+bits; 4 bits again, after folding into the dequantised base."""
 
 
 def fold_into(target: Target, folder: Path, info: DeltaInfo, delta: Delta) -> Fold:

@@ -61,7 +61,7 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
     four_bit = None
     if quantised:
         four_bit = four_bit_config(quantised, dtype, skeleton(spec, config))
-    with _QuietLoading():
+    with QuietLoading():
         model, report = auto_class.from_pretrained(
             folder,
             config=config,
@@ -149,8 +149,8 @@ def _check_report(folder: Path, model: PreTrainedModel, report: dict[str, Any]) 
         mark_new(model.get_submodule(name))
 
 
-class _QuietLoading:
-    """Silences the progress bar and the load report, which `_check_report` replaces."""
+class QuietLoading:
+    """Silences the progress bar and the load report, which the caller looks at itself."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging as hf_logging

@@ -42,7 +42,7 @@ class LoraMixture:
                         part[key] = copy.deepcopy(part[_FIRST], memo)
                 if hasattr(module, "_adapters"):
                     module._adapters.add(key)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: no half an adapter stays
             self.remove(owner)
             raise
 

@@ -147,7 +147,7 @@ class HubRemote:
         with contained(self.address):
             try:
                 yield
-            except Exception as error:
+            except Exception as error:  # the client wraps its own errors in several libraries'
                 for cause in chain(error):
                     if isinstance(cause, HfHubHTTPError):
                         code = cause.response.headers.get("X-Error-Code")

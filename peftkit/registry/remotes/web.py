@@ -65,6 +65,7 @@ def _adapter(guard: Guard) -> "HTTPAdapter":
             cert: Any = None,
             proxies: dict[str, str] | None = None,
         ) -> "Response":
+            """As of requests, but judged first, timed, and bounded where it would read all."""
             url = str(request.url)
             if is_loopback(urlsplit(url).hostname or ""):
                 proxies = None  # to a proxy, that name means the proxy's own machine
@@ -91,7 +92,7 @@ def _pools(guard: Guard) -> dict[str, Any]:
     def checked(connection: HTTPConnection, made: Any) -> Any:
         try:
             guard.check_peer(connection.host, made.getpeername()[0])
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the socket is nobody's yet
             made.close()
             raise
         return made
