@@ -188,6 +188,7 @@ class RunFacts:
             load=self.seconds.get("load"),
             tokenise=self.seconds.get("tokenise"),
             train=training.train_seconds if training.step else None,
+            train_cpu=training.train_cpu_seconds if training.step else None,
             eval=evaluated or None,
             metered=self.meter.overhead_seconds or training.metered_seconds or None,
         )

@@ -84,12 +84,15 @@ class MemoryPeaks(_Part):
 class Seconds(_Part):
     """Wall time of each part of the run; None: not reached.
 
-    `train` and `eval` leave out `metered`, the steps that the memory probe watched.
+    `train` and `eval` leave out `metered`, the steps that the memory probe watched. `train_cpu` is
+    the main process's processor time in `train`, all its threads together: the steadier figure
+    where other programs share the machine; None also in records from before it was kept.
     """
 
     load: Amount | None
     tokenise: Amount | None
     train: Amount | None
+    train_cpu: Amount | None = None
     eval: Amount | None
     metered: Amount | None
 

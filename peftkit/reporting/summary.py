@@ -33,7 +33,9 @@ def _score(value: float) -> str:
 
 def _seconds(record: RunRecord) -> str:
     parts = record.seconds.model_dump().items()
-    return ", ".join(f"{name} {'-' if s is None else f'{s:.1f}'}" for name, s in parts)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {'-' if s is None else f'{s:.1f}'}" for name, s in parts
+    )
 
 
 def _throughput(record: RunRecord) -> str:

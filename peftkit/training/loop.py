@@ -133,7 +133,7 @@ class Trainer:
 
     def _timed_step(self, batches: StepBatches, *, metered: bool) -> StepResult:
         """One step under the memory meter, its time booked as training or as metering."""
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         probe = self.meter.probe([self._bare_model(), self.optimizer]) if metered else nullcontext()
         with self.meter.phase("train_step"), probe:
             result = self._step(batches)
@@ -143,6 +143,7 @@ class Trainer:
             self.state.metered_seconds += seconds
         else:
             self.state.train_seconds += seconds
+            self.state.train_cpu_seconds += time.process_time() - busy
             self.state.examples += result.examples
             self.state.tokens += result.tokens
         return result

@@ -49,6 +49,8 @@ class TrainState:
     tokens: int = 0
     """Without padding, over all processes."""
     train_seconds: float = 0.0
+    train_cpu_seconds: float = 0.0
+    """Processor time of this process in the steps of `train_seconds`, all threads together."""
     metered_seconds: float = 0.0
     """Steps under the memory probe; not in `train_seconds`, nor their examples and tokens."""
     eval_seconds: float = 0.0

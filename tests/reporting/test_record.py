@@ -43,7 +43,14 @@ def fields(**changes):
                 "resident_bytes": 512 * MIB,
             },
         },
-        "seconds": {"load": 1.0, "tokenise": 2.0, "train": 30.25, "eval": 4.0, "metered": 0.5},
+        "seconds": {
+            "load": 1.0,
+            "tokenise": 2.0,
+            "train": 30.25,
+            "train_cpu": 29.5,
+            "eval": 4.0,
+            "metered": 0.5,
+        },
         "examples_per_second": 100.0,
         "tokens_per_second": 2345.6,
         "optimizer_steps": 10,
@@ -171,7 +178,7 @@ def test_a_record_cannot_be_changed():
 
 
 def test_a_run_that_got_nowhere_still_has_a_record(tmp_path):
-    nothing = dict.fromkeys(("load", "tokenise", "train", "eval", "metered"))
+    nothing = dict.fromkeys(("load", "tokenise", "train", "train_cpu", "eval", "metered"))
     early = record(
         status="out_of_memory",
         error="no memory for the base",
@@ -198,7 +205,7 @@ def test_a_run_that_got_nowhere_still_has_a_record(tmp_path):
     assert summary_lines(early) == [
         "lora_sst2 (seed 1): out of memory",
         "Error: no memory for the base",
-        "Seconds: load -, tokenise -, train -, eval -, metered -",
+        "Seconds: load -, tokenise -, train -, train cpu -, eval -, metered -",
         "Throughput: not measured",
         "Trainable parameters: not counted",
         "Delta: none saved",
@@ -295,7 +302,7 @@ def test_the_summary_says_what_a_run_cost_and_scored():
     assert summary_lines(record(metrics={"validation": scores})) == [
         "lora_sst2 (seed 1): completed",
         "Validation: accuracy 0.9000, f1 not finite",
-        "Seconds: load 1.0, tokenise 2.0, train 30.2, eval 4.0, metered 0.5",
+        "Seconds: load 1.0, tokenise 2.0, train 30.2, train cpu 29.5, eval 4.0, metered 0.5",
         "Throughput: 100.0 examples/s, 2346 tokens/s without padding",
         "Peak memory in load: allocated 90.0 MiB, reserved not measured, resident 512.0 MiB",
         "Trainable parameters: 1,000 of 100,000 (1.00%)",

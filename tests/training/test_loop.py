@@ -166,6 +166,7 @@ def test_examples_and_tokens_are_those_of_the_timed_steps(make_trainer, toy):
     timed = [i for number, step in enumerate(steps) if number not in metered for i in step]
     assert (state.examples, state.tokens) == (len(timed), sum(lengths[i] for i in timed))
     assert state.metered_seconds > 0
+    assert state.train_cpu_seconds > 0
 
 
 def test_the_largest_step_that_runs_is_metered(make_trainer):
