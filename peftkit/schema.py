@@ -16,4 +16,5 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
+        defer_build=True,  # `peftkit adapters ls` validates nothing and should not wait
     )

@@ -16,8 +16,14 @@ STATE_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "broken": "red"
 
 
 def print_json(data: Any) -> None:
-    """One indented JSON document on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    """One JSON document on stdout: indented, a list with one line an item."""
+    if isinstance(data, list):
+        # Indenting ten thousand items would take several times as long.
+        encoder = json.JSONEncoder(ensure_ascii=False, default=str)
+        items = ",\n".join(map(encoder.encode, data))
+        print(f"[\n{items}\n]" if items else "[]")
+    else:
+        print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

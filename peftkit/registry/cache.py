@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 CACHE_FILE = "cache.sqlite"
-CACHE_SCHEMA = 2
+CACHE_SCHEMA = 3
 _WAIT_SECONDS = 30.0
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _TABLES = """
@@ -98,10 +98,19 @@ def rows_of(cache: sqlite3.Connection) -> list[Row]:
         sqlite3.DatabaseError: they are not those of the entries that are remembered.
     """
     found = cache.execute("SELECT * FROM versions ORDER BY name, number")
-    rows = [Row(*_checked(row)) for row in found]
+    rows = [Row._make(_checked(row)) for row in found]
     if {row.entry for row in rows} != entries_of(cache):
         raise sqlite3.DatabaseError("rows are missing")
     return rows
+
+
+def rows_of_name(cache: sqlite3.Connection, name: str) -> list[Row]:
+    """The rows of one name, in no order."""
+    after = chr(ord("@") + 1)
+    found = cache.execute(
+        "SELECT * FROM versions WHERE entry > ? AND entry < ?", [f"{name}@", f"{name}{after}"]
+    )
+    return [Row._make(_checked(row)) for row in found]
 
 
 def entries_of(cache: sqlite3.Connection) -> set[str]:
@@ -128,4 +137,4 @@ def _checked(found: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _checksum(values: tuple[Any, ...]) -> int:
-    return zlib.crc32("\0".join(map(str, values)).encode())
+    return zlib.crc32(("%s\0" * len(values) % values).encode())

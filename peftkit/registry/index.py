@@ -13,10 +13,19 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftkit.errors import RegistryError
-from peftkit.registry.cache import Row, cached, entries_of, keep, keep_rows, rows_of, state
+from peftkit.registry.cache import (
+    Row,
+    cached,
+    entries_of,
+    keep,
+    keep_rows,
+    rows_of,
+    rows_of_name,
+    state,
+)
 from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import (
     INDEX_FILE,
@@ -47,6 +56,16 @@ class Listing:
     """By name, then by version number."""
     problems: list[str] = field(default_factory=list)
     """One line for each entry that is not a readable version."""
+
+
+class _Seen(NamedTuple):
+    """What lay in the store at one moment."""
+
+    entries: set[str]
+    """`name@vN`, unchecked."""
+    tags: dict[str, Version]
+    damaged: list[str]
+    """A line for each damaged tag."""
 
 
 class Index:
@@ -87,6 +106,21 @@ class Index:
         wanted = rf'"{re.escape(REFERENCE)}": "{re.escape(name)}@v([1-9][0-9]{{0,8}})"'
         return {Version(name, int(number)) for number in re.findall(wanted.encode(), data)}
 
+    def newest_number(self, name: str) -> tuple[int, bool]:
+        """The newest version of a name that `index.json` lists, 0 if none is.
+
+        And whether the cache said so, which was then in step with all of `index.json`.
+        """
+        known = cached(self.root, lambda cache: self._numbers(cache, name))
+        if known is not None:
+            return max(known, default=0), True
+        return max((version.number for version in self.recorded_versions(name)), default=0), False
+
+    def _numbers(self, cache: sqlite3.Connection, name: str) -> list[int] | None:
+        if not self._in_step(cache):
+            return None
+        return [row.number for row in rows_of_name(cache, name)]
+
     def recorded_manifest(self, version: Version) -> FileDigest | None:
         """What `index.json` says of one version; None where it does not know it.
 
@@ -121,14 +155,13 @@ class Index:
 
     def _update(self, cache: sqlite3.Connection) -> list[str]:
         for _ in range(MAX_ROUNDS):
-            problems = self._adopt(cache)
-            entries, tags, damaged = seen = self._seen()
-            added, bad = self._refresh(cache, entries)
-            if added is None or not self._append(cache, added, tags):
-                self._write(cache, tags)
+            seen, problems = self._adopted(cache)
+            added, bad = self._refresh(cache, seen.entries)
+            if added is None or not self._append(cache, added, seen.tags):
+                self._write(cache, seen.tags)
             if self._seen() == seen:
                 break
-        return problems + bad + damaged
+        return problems + bad + seen.damaged
 
     def listing(self) -> Listing:
         """Every readable version and the problems of the others; writes only to the cache.
@@ -139,30 +172,36 @@ class Index:
         return cached(self.root, self._listing)
 
     def _listing(self, cache: sqlite3.Connection) -> Listing:
-        problems = self._adopt(cache)
-        entries, tags, damaged = self._seen()
-        _, bad = self._refresh(cache, entries)
-        rows = json.loads(f"[{','.join(row.summary for row in rows_of(cache))}]")
+        seen, problems = self._adopted(cache)
+        _, bad = self._refresh(cache, seen.entries)
+        known = [row.summary for row in rows_of(cache) if row.entry in seen.entries]
+        rows = json.loads(f"[{','.join(known)}]")
         of: dict[str, list[str]] = {}
-        for entry, version in tags.items():
+        for entry, version in seen.tags.items():
             of.setdefault(str(version), []).append(entry.partition("@")[2])
         folder = str(self.versions.folder)
         for row in rows:
             entry = f"{row['name']}@{row['version']}"
             row["tags"], row["path"] = of.get(entry, []), f"{folder}/{entry}"
-        return Listing(rows, problems + bad + damaged)
+        return Listing(rows, problems + bad + seen.damaged)
 
-    def _seen(self) -> tuple[set[str], dict[str, Version], list[str]]:
-        return self.versions.entries(), *self.tags.all()
+    def _seen(self) -> _Seen:
+        return _Seen(self.versions.entries(), *self.tags.all())
 
-    def _adopt(self, cache: sqlite3.Connection) -> list[str]:
-        """Give versions that only `index.json` knows their folders, and tags their files.
+    def _adopted(self, cache: sqlite3.Connection) -> tuple[_Seen, list[str]]:
+        """What is there once versions that only `index.json` knows have their folders.
 
-        Such a store was copied by another OCI tool. Returns a line for each that stays without.
+        Such a store was copied by another OCI tool. And a line for each that stays without.
         """
-        known, problems = self.versions.entries() | self.versions.gone(), []
-        if self._holds_all(cache, known):
-            return []
+        seen = self._seen()
+        if self._holds_all(cache, seen.entries):
+            return seen, []
+        problems = self._adopt(seen.entries | self.versions.gone())
+        return self._seen(), problems
+
+    def _adopt(self, known: set[str]) -> list[str]:
+        """Give versions that only `index.json` knows their folders, and tags their files."""
+        problems: list[str] = []
         try:
             recorded = self.recorded()
         except RegistryError as error:
@@ -179,11 +218,19 @@ class Index:
             self._adopt_tags(recorded)
         return problems
 
-    def _holds_all(self, cache: sqlite3.Connection, known: set[str]) -> bool:
+    def _holds_all(self, cache: sqlite3.Connection, entries: set[str]) -> bool:
         """Whether nothing was lost since `index.json` was last written."""
         tags_lost = state(cache, "tags") not in (None, "{}") and not self.tags.folder.exists()
-        lost = entries_of(cache) - known
-        return state(cache, "index") == self._identity() and not lost and not tags_lost
+        return self._in_step(cache) and not tags_lost and not self._lost(cache, entries)
+
+    def _lost(self, cache: sqlite3.Connection, entries: set[str]) -> set[str]:
+        """Entries that have a row, but no folder and no mark of removal."""
+        missing = entries_of(cache) - entries
+        return missing - self.versions.gone() if missing else missing
+
+    def _in_step(self, cache: sqlite3.Connection) -> bool:
+        """Whether `index.json` is the file that the cache was last brought up to date with."""
+        return state(cache, "index") == self._identity() != ""
 
     def _adopt_tags(self, recorded: dict[str, FileDigest]) -> None:
         versions = {
@@ -218,7 +265,8 @@ class Index:
                 version = parse_version(entry)
                 removed = version and self.versions.is_gone(version)  # since we looked
                 problems.extend([] if removed else error.problems)
-        gone = known - entries
+        missing = known - entries
+        gone = missing & self.versions.gone() if missing else missing  # others were lost
         keep_rows(cache, rows)
         cache.executemany("DELETE FROM versions WHERE entry = ?", [(entry,) for entry in gone])
         known = (known | {row.entry for row in rows}) - gone

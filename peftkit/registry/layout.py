@@ -136,7 +136,8 @@ def index_line(reference: str, manifest: FileDigest) -> str:
 def encode_index(lines: list[str]) -> bytes:
     """`index.json` with one entry a line."""
     head = f'{{"schemaVersion": 2, "mediaType": "{INDEX_TYPE}", "manifests": [\n'
-    return _closed((head + ",\n".join(lines)).encode())
+    body = (head + ",\n".join(lines)).encode()
+    return body + _end(hashlib.sha256(body))
 
 
 def add_to_index(data: bytes, lines: list[str], where: Path | str) -> bytes | None:
@@ -147,10 +148,13 @@ def add_to_index(data: bytes, lines: list[str], where: Path | str) -> bytes | No
     Raises:
         RegistryError: it was changed since.
     """
-    body = _checked_body(data, where)
-    if body is None or body.endswith(b"[\n"):
+    found = _checked_body(data, where)
+    if found is None or bytes(found[0][-2:]) == b"[\n":
         return None
-    return _closed(body + "".join(f",\n{line}" for line in lines).encode()) if lines else data
+    body, digest = found
+    added = "".join(f",\n{line}" for line in lines).encode()
+    digest.update(added)
+    return b"".join((body, added, _end(digest))) if lines else data
 
 
 def check_index(data: bytes, where: Path | str) -> None:
@@ -162,20 +166,21 @@ def check_index(data: bytes, where: Path | str) -> None:
     _checked_body(data, where)
 
 
-def _closed(body: bytes) -> bytes:
-    digest = hashlib.sha256(body).hexdigest()
-    return body + f'\n], "annotations": {{"{CHECK_KEY}": "{digest}"}}}}\n'.encode()
+def _end(digest: "hashlib._Hash") -> bytes:
+    return f'\n], "annotations": {{"{CHECK_KEY}": "{digest.hexdigest()}"}}}}\n'.encode()
 
 
-def _checked_body(data: bytes, where: Path | str) -> bytes | None:
+def _checked_body(data: bytes, where: Path | str) -> "tuple[memoryview, hashlib._Hash] | None":
+    """What stands before the digest, and its hash, to be gone on with."""
     match = _INDEX_END.search(data, max(len(data) - _INDEX_END_BYTES, 0))
     if match is None:
         return None
-    body, expected = data[: match.start()], match[1].decode()
-    found = hashlib.sha256(body).hexdigest()
-    if found != expected:
-        raise RegistryError(f"{where}: changed, expected sha256:{expected}, found sha256:{found}")
-    return body
+    body, expected = memoryview(data)[: match.start()], match[1].decode()
+    digest = hashlib.sha256(body)
+    if digest.hexdigest() != expected:
+        found = f"found sha256:{digest.hexdigest()}"
+        raise RegistryError(f"{where}: changed, expected sha256:{expected}, {found}")
+    return body, digest
 
 
 def decode_index(data: bytes, where: Path | str) -> dict[str, FileDigest]:

@@ -254,11 +254,11 @@ class Registry:
         make_folder(self.root)
         if not (self.root / LAYOUT_FILE).exists():
             write_file(self.root / LAYOUT_FILE, encode_layout())
-        newest = max((version.number for version in self.lookup.versions_of(name)), default=0)
+        newest, certain = self.index.newest_number(name)
         staging = self.versions.stage(links)
         try:
             self.blobs.put(contents)
-            version = self.versions.publish(staging, name, after=newest)
+            version = self.versions.publish(staging, name, after=newest, likely=certain)
         except BaseException as error:  # also Ctrl-C: nothing half-written stays
             if isinstance(error, OSError) and not staging.exists():
                 raise RegistryError(

@@ -17,6 +17,7 @@ from peftkit.errors import RegistryError
 from peftkit.registry import Registry, default_root
 from peftkit.registry import versions as versions_module
 from peftkit.registry.digests import FileDigest
+from peftkit.registry.index import Index
 
 RESTORE = "restore this version from a copy or save the delta again"
 
@@ -377,6 +378,7 @@ def test_a_number_taken_meanwhile_is_never_overwritten(registry, monkeypatch):
     registry.save("reviews", weights(1), info())
     registry.save("reviews", weights(2), info())
     real = versions_module.Versions._newest_used
+    monkeypatch.setattr(Index, "newest_number", lambda self, name: (0, True))
     stale = [0]  # what a listing showed before the others published
     monkeypatch.setattr(
         versions_module.Versions,
@@ -386,6 +388,23 @@ def test_a_number_taken_meanwhile_is_never_overwritten(registry, monkeypatch):
     assert registry.save("reviews", weights(3), info()).version == "v3"
     assert stale == []
     assert summary(registry) == {"reviews@v1": 1.0, "reviews@v2": 2.0, "reviews@v3": 3.0}
+
+
+def test_a_removed_number_is_not_used_again_whatever_the_cache_says(registry, monkeypatch):
+    for value in (1, 2, 3):
+        registry.save("reviews", weights(value), info())
+    registry.rm("reviews@v3")
+    assert registry.index.newest_number("reviews") == (2, True)
+    assert registry.save("reviews", weights(4), info()).version == "v4"
+
+
+def test_a_cache_that_is_behind_is_not_asked_for_the_newest(registry, tmp_path):
+    registry.save("reviews", weights(1), info())
+    shutil.copy(registry.root / "cache.sqlite", tmp_path)
+    registry.save("reviews", weights(2), info())
+    shutil.copy(tmp_path / "cache.sqlite", registry.root)
+    assert registry.index.newest_number("reviews") == (2, False)
+    assert registry.save("reviews", weights(3), info()).version == "v3"
 
 
 def test_a_save_that_never_gets_a_number_gives_up(registry, monkeypatch):
