@@ -51,10 +51,12 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
     No code of the base runs, whatever its config asks for.
 
     Raises:
-        SourceError: the base has no such architecture or needs code of its own, its weights do
-            not fit its config, or the spec sets more of the config than a task may.
+        SourceError: the base has no such architecture or needs code of its own, its files are
+            quantised, its weights do not fit its config, or the spec sets more of the config than
+            a task may.
     """
     config = spec_config(folder, spec)
+    _refuse_quantised(folder, config)
     auto_class = getattr(transformers, spec.auto_class)
     dtype = held_dtype(spec, options)
     quantised = options.quantisation
@@ -76,6 +78,17 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
     if quantised:
         keep_cpu_weights_unpacked(model)
     return model  # type: ignore[no-any-return]
+
+
+def _refuse_quantised(folder: Path, config: PretrainedConfig) -> None:
+    """A base's memory, digest and merges are told of the weights before they are quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        kind = found.get("quant_method", "?") if isinstance(found, dict) else type(found).__name__
+        raise SourceError(
+            f"{folder}: its files are quantised already ({kind}); take the base in 16 or 32 bits, "
+            "which method.type: qlora quantises as it is loaded"
+        )
 
 
 def skeleton(spec: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:

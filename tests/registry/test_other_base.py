@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stored_deltas import LORA, SECTIONS, store
 
-from peftkit.errors import RegistryError
+from peftkit.errors import RegistryError, SourceError
 from peftkit.modeling.identity import base_digest, tokenizer_digest
 from peftkit.registry import Registry
 from peftkit.registry.fitting import BaseIdentity
@@ -83,12 +83,17 @@ def load(name, folder, registry):
     load_delta(name, registry=registry)
 
 
-@pytest.mark.parametrize("way", [load, attach])
+CASES = [
+    (change, way)
+    for change in CHANGES
+    for way in (load, attach)
+    if (change, way) != (other_quantisation, attach)  # below: it is no base for any delta
+]
+
+
 @pytest.mark.parametrize("name", DELTAS)
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "way"), CASES)
 def test_another_base_is_refused_with_both_digests(change, name, way, stored, base, base_of):
-    if (change, way) == (other_quantisation, attach):
-        pytest.skip("a base in memory is quantised by `held`: tests in test_shared_refusals.py")
     digest = tokenizer_digest if change is other_tokenizer else base_digest
     before = digest(base)
     change(base, base_of)
@@ -98,6 +103,16 @@ def test_another_base_is_refused_with_both_digests(change, name, way, stored, ba
     said = f"{name}@v1: trained on {base} with {what} {before}, but {base} has {digest(base)}"
     assert said in caught.value.problems
     assert before != digest(base)
+
+
+def test_a_base_whose_files_are_quantised_is_refused(stored, base, base_of):
+    other_quantisation(base, base_of)
+    with pytest.raises(SourceError) as caught:
+        attach("lora", base, stored[1])
+    assert caught.value.problems == [
+        f"{base}: its files are quantised already (bitsandbytes); take the base in 16 or 32 bits, "
+        "which method.type: qlora quantises as it is loaded"
+    ]
 
 
 @pytest.mark.parametrize("change", [other_weights, other_tokenizer])
