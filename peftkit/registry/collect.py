@@ -4,6 +4,7 @@ Called by the store. It runs beside saves without a lock: candidates are set asi
 versions are read again, and what a save has come to need in between is put back.
 """
 
+import errno
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +107,11 @@ def _leftovers(root: Path, found: Collected, *, dry_run: bool) -> None:
     found.leftovers += [path for path in gone if os.path.lexists(path)]
     for path in found.leftovers:
         found.freed_bytes += path.lstat().st_size
-        if not dry_run:
-            discard(path)
+        if dry_run:
+            continue
+        discard(path)
+        if os.path.lexists(path):
+            raise OSError(errno.EIO, "a leftover cannot be removed", str(path))
 
 
 def _put_back(blobs: Blobs, sha256: str) -> None:

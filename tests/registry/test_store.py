@@ -15,6 +15,7 @@ from small_store import adapter, indexed, info, summary, weights
 from peftkit.contracts import Delta
 from peftkit.errors import RegistryError
 from peftkit.registry import Registry, default_root
+from peftkit.registry import collect as collect_module
 from peftkit.registry import versions as versions_module
 from peftkit.registry.digests import FileDigest
 from peftkit.registry.index import Index
@@ -459,3 +460,14 @@ def test_listing_and_finding_import_no_tensor_library(registry):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+def test_a_leftover_that_stays_is_not_called_removed(registry, monkeypatch):
+    registry.save("reviews", weights(1), info())
+    registry.versions.stage({}).rename(registry.versions.staging / ".staging-other-1-0")
+    os.utime(registry.versions.staging / ".staging-other-1-0", (0, 0))
+    monkeypatch.setattr(collect_module, "discard", lambda path: None)
+    assert refusal(registry.gc) == [
+        f"{registry.root}: not all was removed (a leftover cannot be removed); "
+        "check the disk, then try again"
+    ]
