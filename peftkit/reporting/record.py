@@ -128,6 +128,8 @@ class RunRecord(_Part):
     metrics: dict[SplitName, dict[str, Score]]
     history: list[Epoch]
     memory: dict[Phase, MemoryPeaks]
+    predicted_allocated_bytes: dict[Phase, Count] | None = None
+    """What the planner expected of `memory`, before the run; None: nothing, or an older record."""
     seconds: Seconds
     examples_per_second: Amount | None
     tokens_per_second: Amount | None
