@@ -16,6 +16,7 @@ from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import count_parameters, set_precision
+from peftkit.planning.of_run import foresee
 from peftkit.recipe import Recipe
 from peftkit.registry import Registry, default_root, root_problem
 from peftkit.registry.names import check_name
@@ -78,8 +79,9 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
     stop.check()
     _say(accelerator, f"base: {recipe.base.name}, from {base.origin}", *_data_lines(data))
 
-    set_seed(recipe.seed)
     spec, options = _model_spec(facts, task, data), method.load_options()
+    facts.predicted = foresee(recipe, data, spec, accelerator)
+    set_seed(recipe.seed)
     with facts.timed("load"), meter.phase("load"):
         model = load_model(base.path, spec, options)
         model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files

@@ -45,6 +45,8 @@ class RunFacts:
     meter: MemoryMeter
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, int] | None = None
+    """Peak of live tensors in bytes by phase of the record, as the planner expects it."""
     base: Located | None = None
     base_digest: str | None = None
     base_config: dict[str, Any] | None = None
@@ -141,6 +143,7 @@ class RunFacts:
             memory={
                 name: MemoryPeaks(**asdict(peaks)) for name, peaks in self.meter.result().items()
             },
+            predicted_allocated_bytes=self.predicted,
             seconds=self._seconds(),
             examples_per_second=training.examples / timed if timed else None,
             tokens_per_second=training.tokens / timed if timed else None,

@@ -28,6 +28,7 @@ ORDER = (
     ("merging",),
     ("scoring",),
     ("recipe",),
+    ("planning",),
     ("run_facts", "run_folder"),
     ("experiment",),
     ("cli",),

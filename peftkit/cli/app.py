@@ -13,6 +13,7 @@ from peftkit.cli import (
     doctor,
     extract,
     merge,
+    plan,
     plugins,
     recipes,
     remotes,
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     run.add_to(app)
+    plan.add_to(app)
     recipes.add_to(app)
     shipped.add_to(app)
     scoring.add_to(app)

@@ -48,7 +48,7 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def _count(self, values: Any) -> None:
-        for tensor in _plain_tensors(values):
+        for tensor in plain_tensors(values):
             if tensor.device.type == self.device_type:
                 self._watch(tensor.untyped_storage())
 
@@ -68,21 +68,21 @@ class LiveStorages(TorchDispatchMode):
         del self._watches[key]
 
 
-def _plain_tensors(value: Any) -> Iterator[Tensor]:
+def plain_tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor with a storage of its own in nested lists, tuples, dicts and wrappers."""
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()
-            yield from _plain_tensors([getattr(value, name) for name in names])
+            yield from plain_tensors([getattr(value, name) for name in names])
         elif value.layout is torch.strided:
             yield value
         elif value.layout is torch.sparse_coo:
             yield from (value._indices(), value._values())
     elif isinstance(value, dict):
-        yield from _plain_tensors(list(value.values()))
+        yield from plain_tensors(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _plain_tensors(item)
+            yield from plain_tensors(item)
 
 
 def _root_tensors(root: nn.Module | Optimizer) -> Iterator[Tensor]:
@@ -91,7 +91,7 @@ def _root_tensors(root: nn.Module | Optimizer) -> Iterator[Tensor]:
         held: list[Any] = [*root.parameters(), *root.buffers()]
     else:
         held = [*root.param_groups, *root.state.values()]
-    for tensor in _plain_tensors(held):
+    for tensor in plain_tensors(held):
         yield tensor
         if tensor.is_leaf and tensor.grad is not None:
             yield tensor.grad

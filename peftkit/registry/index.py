@@ -8,7 +8,6 @@ changes, so a row is right for as long as its version is there.
 
 import json
 import os
-import re
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,17 +26,13 @@ from peftkit.registry.cache import (
     state,
 )
 from peftkit.registry.digests import FileDigest
+from peftkit.registry.index_file import IndexFile, manifest_in
 from peftkit.registry.layout import (
-    INDEX_FILE,
-    REFERENCE,
     add_to_index,
-    check_index,
-    decode_index,
     encode_index,
     index_line,
 )
 from peftkit.registry.names import name_problem
-from peftkit.registry.root import unreadable
 from peftkit.registry.tags import Tags
 from peftkit.registry.versions import Version, Versions, parse_version
 from peftkit.staging import write_file
@@ -74,37 +69,12 @@ class Index:
     def __init__(self, root: Path, *, read: Read, restore: Callable[[Version, str], None]) -> None:
         """`restore` makes the folder of a version that only `index.json` still knows."""
         self.root = root
-        self.file = root / INDEX_FILE
+        self.document = IndexFile(root)
+        self.file = self.document.path
         self.versions = Versions(root)
         self.tags = Tags(root, self.versions)
         self._read = read
         self._restore = restore
-
-    def recorded(self) -> dict[str, FileDigest]:
-        """Reference → digest of its manifest, as `index.json` says.
-
-        Raises:
-            RegistryError: it cannot be read.
-        """
-        try:
-            return decode_index(self.file.read_bytes(), self.file)
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise unreadable(self.file, "read", error) from error
-
-    def recorded_versions(self, name: str) -> set[Version]:
-        """The versions of a name that `index.json` lists; none if it was not peftkit's, or changed.
-
-        Decoding ten thousand entries would take far longer.
-        """
-        try:
-            data = self.file.read_bytes()
-            check_index(data, self.file)
-        except (OSError, RegistryError):
-            return set()
-        wanted = rf'"{re.escape(REFERENCE)}": "{re.escape(name)}@v([1-9][0-9]{{0,8}})"'
-        return {Version(name, int(number)) for number in re.findall(wanted.encode(), data)}
 
     def newest_number(self, name: str) -> tuple[int, bool]:
         """The newest version of a name that `index.json` lists, 0 if none is.
@@ -114,30 +84,14 @@ class Index:
         known = cached(self.root, lambda cache: self._numbers(cache, name))
         if known is not None:
             return max(known, default=0), True
-        return max((version.number for version in self.recorded_versions(name)), default=0), False
+        return max(
+            (version.number for version in self.document.versions_of(name)), default=0
+        ), False
 
     def _numbers(self, cache: sqlite3.Connection, name: str) -> list[int] | None:
         if not self._in_step(cache):
             return None
         return [row.number for row in rows_of_name(cache, name)]
-
-    def recorded_manifest(self, version: Version) -> FileDigest | None:
-        """What `index.json` says of one version; None where it does not know it.
-
-        Raises:
-            RegistryError: it cannot be read.
-        """
-        try:
-            data = self.file.read_bytes()
-        except OSError:
-            return None
-        check_index(data, f"{self.file} (remove it, and the next save or tag writes it anew)")
-        place = data.find(f'"{REFERENCE}": "{version}"'.encode())
-        line = data[data.rfind(b"\n", 0, place) + 1 : data.find(b"\n", max(place, 0))]
-        try:  # written by peftkit: one entry a line
-            return _manifest_in(line.rstrip(b",").decode())
-        except (KeyError, TypeError, ValueError):
-            return decode_index(data, self.file).get(str(version))
 
     def update(self) -> list[str]:
         """Make `index.json` say what is there, in whatever order other writers do the same.
@@ -203,7 +157,7 @@ class Index:
         """Give versions that only `index.json` knows their folders, and tags their files."""
         problems: list[str] = []
         try:
-            recorded = self.recorded()
+            recorded = self.document.entries()
         except RegistryError as error:
             if not known:
                 raise
@@ -230,7 +184,7 @@ class Index:
 
     def _in_step(self, cache: sqlite3.Connection) -> bool:
         """Whether `index.json` is the file that the cache was last brought up to date with."""
-        return state(cache, "index") == self._identity() != ""
+        return state(cache, "index") == self.document.identity() != ""
 
     def _adopt_tags(self, recorded: dict[str, FileDigest]) -> None:
         versions = {
@@ -290,7 +244,7 @@ class Index:
         Ten thousand lines cost more to gather than to copy.
         """
         known = state(cache, "index")
-        if not known or known != self._identity() or state(cache, "tags") != repr(tags):
+        if not known or known != self.document.identity() or state(cache, "tags") != repr(tags):
             return False
         data = self.file.read_bytes()
         try:
@@ -299,29 +253,16 @@ class Index:
             return False
         if longer is not None and lines:
             write_file(self.file, longer)
-            keep(cache, "index", self._identity())
+            keep(cache, "index", self.document.identity())
         return longer is not None
 
     def _write(self, cache: sqlite3.Connection, tags: dict[str, Version]) -> None:
         lines = {row.entry: row.line for row in rows_of(cache)}
         tagged = [
-            index_line(entry, _manifest_in(lines[str(version)]))
+            index_line(entry, manifest_in(lines[str(version)]))
             for entry, version in tags.items()
             if str(version) in lines
         ]
         write_file(self.file, encode_index([*lines.values(), *tagged]))
-        keep(cache, "index", self._identity())
+        keep(cache, "index", self.document.identity())
         keep(cache, "tags", repr(tags))
-
-    def _identity(self) -> str:
-        """Says whether `index.json` is still the file that was last read or written."""
-        try:
-            found = os.stat(self.file)
-        except OSError:
-            return ""
-        return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
-
-
-def _manifest_in(line: str) -> FileDigest:
-    entry = json.loads(line)
-    return FileDigest(size=entry["size"], sha256=entry["digest"].removeprefix("sha256:"))

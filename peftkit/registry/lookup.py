@@ -48,7 +48,7 @@ class Lookup:
 
         Otherwise an older version would pass for the newest.
         """
-        recorded = self.index.recorded_versions(name)
+        recorded = self.index.document.versions_of(name)
         known = {*self.versions.of(name)}
         lost = {version for version in recorded - known if not self.versions.is_gone(version)}
         if lost or (not known and self.index.file.exists()):

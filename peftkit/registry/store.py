@@ -245,7 +245,7 @@ class Registry:
 
     def _checked(self, stored: StoredDelta, *, keep: bool) -> dict[str, bytes]:
         version = Version(stored.name, int(stored.version[1:]))
-        recorded = self.index.recorded_manifest(version)
+        recorded = self.index.document.manifest_of(version)
         return self.reader.checked_files(stored, recorded=recorded, keep=keep)
 
     def _publish(

@@ -21,7 +21,7 @@ from peftkit.errors import RegistryError
 from peftkit.registry import Registry, digests
 from peftkit.registry import blobs as blobs_module
 from peftkit.registry import cache as cache_module
-from peftkit.registry import index as index_module
+from peftkit.registry import index_file as index_file_module
 from peftkit.registry import layout as layout_module
 from peftkit.registry.digests import FileDigest
 from peftkit.registry.layout import encode_layout
@@ -370,7 +370,7 @@ def believe_tags(monkeypatch):
 
 
 def believe_the_index(monkeypatch):
-    for module in (layout_module, index_module):
+    for module in (layout_module, index_file_module):
         monkeypatch.setattr(module, "check_index", lambda data, where: None)
 
 

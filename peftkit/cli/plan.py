@@ -1,0 +1,179 @@
+"""The verb `plan`: peak memory of recipes before anything of them is loaded.
+
+Called by `cli.app`; imports the planning inside the verb.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftkit.cli.output import JsonFlag, note, print_json, print_table
+from peftkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from peftkit.planning.answers import Answers
+    from peftkit.planning.budget import Budget
+    from peftkit.planning.predict import Prediction
+    from peftkit.planning.setting import Setting
+
+PRECISIONS = ("no", "bf16", "fp16")
+SHARDINGS = ("ddp", "zero2", "zero3", "fsdp")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    example = "Example: peftkit plan recipes/lora_sst2.yaml --gpu l4"
+    app.command("plan", epilog=example)(plan)
+
+
+def plan(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Recipes, overrides.")
+    ],
+    *,
+    budget: Annotated[str | None, typer.Option(help="Memory there is, such as 24GiB.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A GPU by name, such as l4 or h100.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an example; default: task.max_length.")
+    ] = None,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="no, bf16 or fp16; default: the recipe's, bf16 on a GPU.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+    sharding: Annotated[str, typer.Option(help="ddp, zero2, zero3 or fsdp.")] = "ddp",
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict peak memory.
+
+    Nothing is loaded but the base's config. Says what each phase needs and, with --budget or --gpu,
+    whether it fits, the largest batch, which methods would fit, and what would make it fit.
+    """
+    from peftkit.planning.answers import answers
+
+    available = _budget(budget, gpu)
+    _check("--mixed-precision", mixed_precision, PRECISIONS)
+    _check("--sharding", sharding, SHARDINGS)
+    shown = []
+    for name, setting in _settings(words, length, mixed_precision, on_gpu=gpu is not None):
+        ask = _asking(processes, sharding)
+        found = ask(setting)
+        said = answers(name, setting, available, ask=ask) if available else None
+        shown.append(_as_json(name, setting, found, said))
+        if not as_json:
+            _print(name, setting, found, said)
+    if as_json:
+        print_json(shown)
+
+
+def _asking(processes: int, sharding: Any) -> "Callable[[Setting], Prediction]":
+    """Predicts for one of the processes, and each setting once."""
+    from peftkit.planning.predict import predict
+    from peftkit.planning.sharding import sharded
+
+    known: list[tuple[Setting, Prediction]] = []
+
+    def ask(setting: "Setting") -> "Prediction":
+        found = next((found for other, found in known if other == setting), None)
+        if found is None:
+            found = sharded(predict(setting), sharding, processes)
+            known.append((setting, found))
+        return found
+
+    return ask
+
+
+def _budget(budget: str | None, gpu: str | None) -> "Budget | None":
+    from peftkit.planning.budget import Budget, gpu_budget, parse_size
+
+    if budget and gpu:
+        known = gpu_budget(gpu)
+        return Budget(f"of {known.name}", parse_size(budget), on_gpu=True)
+    if gpu:
+        return gpu_budget(gpu)
+    return Budget("budget", parse_size(budget)) if budget else None
+
+
+def _check(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise UsageError(f"{option} {value!r}: expected one of {', '.join(allowed)}")
+
+
+def _settings(
+    words: list[str], length: int | None, mixed_precision: str | None, *, on_gpu: bool
+) -> "list[tuple[str, Setting]]":
+    from peftkit.errors import RecipeError
+    from peftkit.planning.setting import of_recipe
+    from peftkit.recipe import load_recipe
+
+    overrides = [word for word in words if "=" in word]
+    paths = [Path(word) for word in words if "=" not in word]
+    if not paths:
+        raise UsageError("plan: name at least one recipe")
+    recipes, problems = [], []
+    for path in paths:
+        try:
+            recipes.append(load_recipe(path, overrides))
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    found = []
+    for recipe in recipes:
+        own = recipe.training.mixed_precision or ("bf16" if on_gpu else "no")
+        precision = mixed_precision or own
+        found.append(
+            (
+                recipe.name,
+                of_recipe(recipe, length=length, mixed_precision=precision, on_gpu=on_gpu),
+            )
+        )
+    return found
+
+
+def _as_json(
+    name: str, setting: "Setting", found: "Prediction", said: "Answers | None"
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    shape = {"batch": setting.train.examples, "tokens": setting.train.tokens}
+    result: dict[str, Any] = {
+        "recipe": name,
+        "method": setting.method_type,
+        **shape,
+        "mixed_precision": setting.spec.mixed_precision,
+        "peak_bytes": found.peak.total_bytes,
+        "phases": {phase: asdict(peak) for phase, peak in found.phases.items()},
+    }
+    if said:
+        result |= {"answers": {**asdict(said), "sentence": said.sentence}}
+    return result
+
+
+def _print(name: str, setting: "Setting", found: "Prediction", said: "Answers | None") -> None:
+    from peftkit.planning.budget import gib
+
+    train, precision = setting.train, setting.spec.mixed_precision
+    size = f"batch {train.examples} x {train.tokens} tokens"
+    print(f"{name}: {setting.method_type}, {size}, mixed precision {precision}")
+    kinds = list(dict.fromkeys(kind for peak in found.phases.values() for kind in peak.by_kind))
+    rows = [
+        [phase.replace("_", " "), gib(peak.total_bytes)]
+        + [gib(held) if (held := peak.by_kind.get(kind, 0)) else "-" for kind in kinds]
+        for phase, peak in found.phases.items()
+    ]
+    print_table(("phase", "peak", *(kind.replace("_", " ") for kind in kinds)), rows)
+    if said is None:
+        note("add --budget 24GiB or --gpu l4 to hear what fits")
+        return
+    rows = [
+        [option.change, gib(option.peak_bytes), "fits" if option.fits else "too large"]
+        for option in said.methods
+        if option.peak_bytes >= 0
+    ]
+    print_table(("the best score to be expected first", "peak", said.budget.name), rows)
+    print(f"largest batch at this length: {said.largest_batch}")
+    for way in said.ways:
+        print(f"would fit: {way.change} ({gib(way.peak_bytes)})")
+    print(said.sentence)

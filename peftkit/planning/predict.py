@@ -1,0 +1,184 @@
+"""Peak memory of a recipe before anything of it is loaded.
+
+Called by the experiment, whose record keeps the prediction, and by the answers of `plan`. Builds
+the method's model on fake tensors, from the base's config alone, and steps it under a tape.
+"""
+
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from peftkit.errors import MethodError
+from peftkit.memory.fake_step import Batch, FakeJob, trace
+from peftkit.memory.gpu_kernels import gpu_kernels
+from peftkit.memory.storage_tape import Peak, largest
+from peftkit.modeling.fake_loading import FakeMemory, fake_model, quantisation_constants
+from peftkit.modeling.loading import held_dtype
+from peftkit.modeling.parameters import set_precision, train_mode, transformer_blocks
+from peftkit.planning.setting import Setting, Shape
+from peftkit.training.optimizers import build_optimizer
+
+TRACED_DEPTH = 12
+"""Blocks up to which a model is stepped whole; of a deeper one two short versions are, and each
+phase's peak is carried on as a straight line: every further block adds the same."""
+
+_PARTS = {
+    "load": ("load",),
+    "forward": ("forward",),
+    "backward": ("backward_first", "backward_middle", "backward_last"),
+    "optimizer_step": ("optimizer_step",),
+    "evaluation": ("evaluation",),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peaks of live tensors by phase: load, forward, backward, optimizer_step, evaluation."""
+
+    phases: Mapping[str, Peak]
+    block_bytes: int
+    """Weights of the largest block, as held."""
+    on_gpu: bool = False
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all phases."""
+        return largest(self.phases.values())
+
+    def by_record_phase(self) -> dict[str, int]:
+        """Bytes under the names of a run record: load, train_step and eval.
+
+        As the meter counts them: on a CPU evaluation leaves out the optimizer's state.
+        """
+        step = largest(self.phases[p] for p in ("forward", "backward", "optimizer_step"))
+        evaluation = self.phases["evaluation"]
+        unseen = 0 if self.on_gpu else evaluation.by_kind.get("optimizer_state", 0)
+        return {
+            "load": self.phases["load"].total_bytes,
+            "train_step": step.total_bytes,
+            "eval": evaluation.total_bytes - unseen,
+        }
+
+
+def predict(setting: Setting) -> Prediction:
+    """Peaks of the run, from shapes alone.
+
+    Raises:
+        MethodError: the method does not fit the model.
+        SourceError: the model cannot be built.
+    """
+    depth = _depth(setting.config)
+    if depth <= TRACED_DEPTH or not _is_uniform(setting.config):
+        parts, block = _traced(setting)
+        return Prediction(_joined(parts), block, setting.on_gpu)
+    short = getattr(setting.method_section, "num_layers", 0) + 2
+    if short + 1 >= depth:
+        parts, block = _traced(setting)
+        return Prediction(_joined(parts), block, setting.on_gpu)
+    low, block = _traced(_of_depth(setting, short))
+    high, _ = _traced(_of_depth(setting, short + 1))
+    steps = depth - short
+    grown = {part: _line(low[part], high[part], steps) for part in low}
+    return Prediction(_joined(grown), block, setting.on_gpu)
+
+
+def _depth(config: PretrainedConfig) -> int:
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _is_uniform(config: PretrainedConfig) -> bool:
+    """Whether all blocks are of one kind, so that a few stand for all."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    is_one_stack = not getattr(config, "is_encoder_decoder", False)
+    return is_one_stack and text is config and (kinds is None or len(set(kinds)) == 1)
+
+
+def _of_depth(setting: Setting, depth: int) -> Setting:
+    config = deepcopy(setting.config)
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:depth]
+    return replace(setting, config=config)
+
+
+def _line(low: Peak, high: Peak, steps: int) -> Peak:
+    kinds = {**low.by_kind, **high.by_kind}
+    grown = {
+        kind: low.by_kind.get(kind, 0)
+        + steps * (high.by_kind.get(kind, 0) - low.by_kind.get(kind, 0))
+        for kind in kinds
+    }
+    return Peak(low.total_bytes + steps * (high.total_bytes - low.total_bytes), grown)
+
+
+def _joined(parts: Mapping[str, Peak]) -> dict[str, Peak]:
+    return {
+        phase: largest(parts[name] for name in names if name in parts)
+        for phase, names in _PARTS.items()
+    }
+
+
+def _traced(setting: Setting) -> tuple[dict[str, Peak], int]:
+    """Peaks of the parts of one step, and the bytes of the largest block."""
+    mode, options = FakeMemory(), setting.method.load_options()
+    with warnings.catch_warnings():
+        # PEFT copies heads and asks whether their memory is there.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        model = fake_model(setting.config, setting.spec, options, mode)
+        with mode, gpu_kernels(setting.spec.mixed_precision, active=setting.on_gpu):
+            blocks = _blocks(model)
+            prepared = setting.method.prepare(model)
+            set_precision(prepared, held_dtype(setting.spec, options))
+            if setting.training.gradient_checkpointing:
+                model.activation_checkpointing_enable(
+                    {"use_reentrant": False, "preserve_rng_state": False}
+                )
+            train_mode(prepared)
+            job = _job(setting, prepared, blocks)
+            parts = trace(job, quantisation=list(quantisation_constants(prepared)))
+            sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    return parts, max(sizes, default=0)
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    try:
+        return list(transformer_blocks(model))
+    except MethodError:  # an encoder and a decoder
+        return []
+
+
+def _job(setting: Setting, model: nn.Module, blocks: list[nn.Module]) -> FakeJob:
+    training = setting.training
+    groups = setting.method.parameter_groups(model, training.learning_rate)
+    micro_batches = min(training.gradient_accumulation_steps, 2)
+
+    def loss(outputs: Any, labels: Tensor) -> Tensor:
+        return setting.task.loss(outputs, labels, label_smoothing=training.label_smoothing)
+
+    return FakeJob(
+        model=model,
+        optimizer=build_optimizer(training, groups),
+        loss=loss,
+        batches=[_batch(setting, setting.train) for _ in range(micro_batches)],
+        eval_batch=_batch(setting, setting.evaluation),
+        blocks=blocks,
+        mixed_precision=setting.spec.mixed_precision,
+        max_grad_norm=training.max_grad_norm,
+    )
+
+
+def _batch(setting: Setting, shape: Shape) -> Batch:
+    size = (shape.examples, shape.tokens)
+    dtype = torch.float32 if setting.regression else torch.int64
+    return {
+        "input_ids": torch.zeros(size, dtype=torch.int64),
+        "attention_mask": torch.ones(size, dtype=torch.int64),
+        "labels": torch.zeros(shape.examples, dtype=dtype),
+    }
