@@ -28,7 +28,7 @@ class FakeMemory(FakeTensorMode):
     """The mode under which tensors have no memory, and modules may be converted and copied."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(allow_non_fake_inputs=True)
         self.fake_tensor_converter = _Forgetful()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FakeMemory":

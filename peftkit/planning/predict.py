@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
+from peftkit.contracts import ParameterGroup
 from peftkit.errors import MethodError
 from peftkit.memory.fake_step import Batch, FakeJob, trace
 from peftkit.memory.gpu_kernels import gpu_kernels
@@ -22,6 +25,7 @@ from peftkit.modeling.fake_loading import FakeMemory, fake_model, quantisation_c
 from peftkit.modeling.loading import held_dtype
 from peftkit.modeling.parameters import set_precision, train_mode, transformer_blocks
 from peftkit.planning.setting import Setting, Shape
+from peftkit.training.config import TrainingConfig
 from peftkit.training.optimizers import build_optimizer
 
 TRACED_DEPTH = 12
@@ -77,7 +81,8 @@ def predict(setting: Setting) -> Prediction:
     if depth <= TRACED_DEPTH or not _is_uniform(setting.config):
         parts, block = _traced(setting)
         return Prediction(_joined(parts), block, setting.on_gpu)
-    short = getattr(setting.method_section, "num_layers", 0) + 2
+    # The first block, the last two, and those that the method treats in a way of their own.
+    short = getattr(setting.method_section, "num_layers", 0) + 3
     if short + 1 >= depth:
         parts, block = _traced(setting)
         return Prediction(_joined(parts), block, setting.on_gpu)
@@ -164,7 +169,7 @@ def _job(setting: Setting, model: nn.Module, blocks: list[nn.Module]) -> FakeJob
 
     return FakeJob(
         model=model,
-        optimizer=build_optimizer(training, groups),
+        optimizer=_optimizer(training, groups),
         loss=loss,
         batches=[_batch(setting, setting.train) for _ in range(micro_batches)],
         eval_batch=_batch(setting, setting.evaluation),
@@ -172,6 +177,15 @@ def _job(setting: Setting, model: nn.Module, blocks: list[nn.Module]) -> FakeJob
         mixed_precision=setting.spec.mixed_precision,
         max_grad_norm=training.max_grad_norm,
     )
+
+
+def _optimizer(training: TrainingConfig, groups: list[ParameterGroup]) -> Optimizer:
+    made: Any = build_optimizer(training, groups)
+    if hasattr(made, "fill_qmap"):  # bitsandbytes' tables, which it reads the numbers of
+        with unset_fake_temporarily():
+            made.fill_qmap()
+        made.fill_qmap = lambda: None
+    return made  # type: ignore[no-any-return]
 
 
 def _batch(setting: Setting, shape: Shape) -> Batch:

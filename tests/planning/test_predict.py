@@ -1,0 +1,191 @@
+"""What the planner says, held to what the meter of a real run measures."""
+
+import math
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+
+from peftkit import experiment
+from peftkit.experiment import run_experiment
+from peftkit.memory import fake_step
+from peftkit.planning import of_run, predict
+from peftkit.planning.setting import of_recipe, train_shape
+from peftkit.recipe import from_resolved, load_recipe
+
+METHODS = {
+    "full": {"type": "full"},
+    "top_layers": {"type": "top_layers", "num_layers": 1},
+    "lora": {"type": "lora", "r": 4},
+    "dora": {"type": "lora", "r": 4, "use_dora": True},
+    "qlora": {"type": "qlora", "r": 4},
+    "ia3": {"type": "peft", "peft_type": "IA3"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def recipe(tiny_recipe, workplace, base_of):
+    """The tiny recipe on a base of some width, with changes of its training section."""
+
+    def recipe(method, model_type="bert", **training):
+        training = {**tiny_recipe["training"], "max_steps": 12, **training}
+        content = {**tiny_recipe, "training": training, "method": method}
+        content["base"] = {"name": str(base_of(model_type, width=64))}
+        content["task"] = {**content["task"], "max_length": 64}
+        return from_resolved(content)
+
+    return recipe
+
+
+def errors(record):
+    """Phase → how far the prediction lies from the measurement, as a share of it."""
+    assert record.predicted_allocated_bytes is not None
+    return {
+        phase: record.predicted_allocated_bytes[phase] / peaks.allocated_bytes - 1
+        for phase, peaks in record.memory.items()
+    }
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_needs_what_was_predicted(recipe, method, recompute):
+    record = run_experiment(recipe(METHODS[method], gradient_checkpointing=recompute))
+    found = errors(record)
+    assert found["train_step"] == pytest.approx(0, abs=0.01)
+    assert found["eval"] == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_other_architectures_need_what_was_predicted(recipe, model_type):
+    found = errors(run_experiment(recipe(METHODS["lora"], model_type)))
+    assert found["train_step"] == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4},
+        {"optimizer": "sgd"},
+        {"optimizer": "adamw_8bit"},
+        {"mixed_precision": "bf16"},
+    ],
+)
+def test_settings_of_the_training_are_foreseen(recipe, changes):
+    found = errors(run_experiment(recipe(METHODS["full"], **changes)))
+    assert found["train_step"] == pytest.approx(0, abs=0.05)
+
+
+def test_without_the_optimizers_state_the_prediction_is_wrong(recipe, monkeypatch):
+    """The planted fault."""
+    monkeypatch.setattr(fake_step, "_make_state", lambda job: None)
+    found = errors(run_experiment(recipe(METHODS["full"])))
+    assert abs(found["train_step"]) > 0.05
+
+
+def test_predicting_changes_nothing_of_the_run(recipe, monkeypatch):
+    said = run_experiment(recipe(METHODS["lora"]))
+    monkeypatch.setattr(experiment, "foresee", lambda *arguments: None)
+    unsaid = run_experiment(recipe(METHODS["lora"]), on_exists="overwrite")
+    assert said.history == unsaid.history
+    assert unsaid.predicted_allocated_bytes is None
+
+
+def test_a_prediction_that_fails_stops_no_run(recipe, monkeypatch):
+    def failing(setting):
+        raise NotImplementedError("an operation without a fake")
+
+    monkeypatch.setattr(of_run, "predict", failing)
+    record = run_experiment(recipe(METHODS["lora"]))
+    assert (record.status, record.predicted_allocated_bytes) == ("completed", None)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_deep_model_is_carried_on_from_two_short_ones(recipe, monkeypatch, method, recompute):
+    setting = of_recipe(recipe(METHODS[method], gradient_checkpointing=recompute))
+    setting.config.num_hidden_layers = 9
+    whole = predict.predict(setting)
+    monkeypatch.setattr(predict, "TRACED_DEPTH", 4)
+    carried_on = predict.predict(setting)
+    for phase, peak in whole.phases.items():
+        assert carried_on.phases[phase].total_bytes == pytest.approx(peak.total_bytes, rel=0.002)
+    assert sum(carried_on.peak.by_kind.values()) == carried_on.peak.total_bytes
+
+
+def test_kinds_add_up_and_are_what_they_say(recipe):
+    found = predict.predict(of_recipe(recipe(METHODS["full"])))
+    step, load = found.phases["optimizer_step"].by_kind, found.phases["load"].by_kind
+    weights = load["trainable_weights"]
+    assert step["gradients"] == weights
+    assert step["optimizer_state"] == pytest.approx(2 * weights, rel=0.01)
+    assert found.phases["forward"].by_kind["activations"] > 0
+    for peak in found.phases.values():
+        assert sum(peak.by_kind.values()) == peak.total_bytes
+
+
+def test_four_bit_weights_take_half_a_byte_and_their_constants(recipe):
+    full = predict.predict(of_recipe(recipe(METHODS["lora"]))).phases["load"].by_kind
+    packed = predict.predict(of_recipe(recipe(METHODS["qlora"]))).phases["load"].by_kind
+    assert packed["base_weights"] < full["base_weights"] / 3
+    # A byte for 64 weights, four for 64 * 256, and tables.
+    assert 0 < packed["quantisation"] < packed["base_weights"] / 4
+
+
+def test_a_gpus_attention_keeps_no_matrix_of_weights(recipe):
+    """With dropout in attention a CPU has no fused kernel, a GPU has."""
+    tiny = recipe(METHODS["full"], dropout=0.1)
+    on_cpu = predict.predict(of_recipe(tiny))
+    on_gpu = predict.predict(of_recipe(tiny, on_gpu=True))
+    assert on_gpu.phases["forward"].total_bytes < on_cpu.phases["forward"].total_bytes
+
+
+def test_the_largest_step_that_is_taken_counts(recipe, tiny_base):
+    from transformers import AutoTokenizer
+
+    from peftkit.planning.setting import build_task
+
+    # Of one example a step, so that the longest is the largest.
+    one_by_one = {"per_device_train_batch_size": 1}
+    short = recipe(METHODS["full"], max_steps=1, **one_by_one)
+    long = recipe(METHODS["full"], max_steps=96, **one_by_one)
+    data = build_task(short).load(AutoTokenizer.from_pretrained(tiny_base), seed=0)
+    one, all_of_them = (
+        train_shape(data.train, each.training, seed=0, processes=1) for each in (short, long)
+    )
+    assert one.examples * one.tokens <= all_of_them.examples * all_of_them.tokens
+    assert all_of_them.tokens == max(data.train.lengths)
+
+
+@pytest.mark.slow
+def test_a_model_of_70_billion_is_planned_from_its_config(tmp_path):
+    import resource
+    import time
+
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+    AutoConfig.for_model("llama", **sizes, **heads).save_pretrained(tmp_path / "base")
+    content = {
+        "base": {"name": str(tmp_path / "base")},
+        "task": {"type": "classification", "dataset": "none", "text_columns": ["text"]},
+        "method": {"type": "qlora", "r": 16},
+        "training": {"learning_rate": 1e-4, "per_device_train_batch_size": 1},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    started = time.process_time()
+    recipe = load_recipe(tmp_path / "r.yaml")
+    found = predict.predict(of_recipe(recipe, length=512, mixed_precision="bf16", on_gpu=True))
+    assert time.process_time() - started < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20
+    billions = found.phases["load"].by_kind["base_weights"] / 1e9
+    assert math.isclose(billions, 68.5 / 2 + 128256 * 8192 * 2 / 1e9, rel_tol=0.02)
+    assert torch.empty(1).device.type == "cpu"
