@@ -180,12 +180,9 @@ def _job(setting: Setting, model: nn.Module, blocks: list[nn.Module]) -> FakeJob
 
 
 def _optimizer(training: TrainingConfig, groups: list[ParameterGroup]) -> Optimizer:
-    made: Any = build_optimizer(training, groups)
-    if hasattr(made, "fill_qmap"):  # bitsandbytes' tables, which it reads the numbers of
-        with unset_fake_temporarily():
-            made.fill_qmap()
-        made.fill_qmap = lambda: None
-    return made  # type: ignore[no-any-return]
+    # bitsandbytes makes tables whose numbers it reads; state comes with the first step.
+    with unset_fake_temporarily():
+        return build_optimizer(training, groups)
 
 
 def _batch(setting: Setting, shape: Shape) -> Batch:
