@@ -1,12 +1,14 @@
 """The per-example predictions of a run, kept so that two methods can be tested on them.
 
-Written by the experiment; one Parquet row an example, in the order of the split.
+Written by the experiment, read by the comparison; one Parquet row an example, in the order of the
+split.
 """
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftkit.errors import RunError
 from peftkit.staging import STAGING_PREFIX, fsync_path
 
 if TYPE_CHECKING:
@@ -23,3 +25,29 @@ def write_predictions(path: Path, columns: "dict[str, np.ndarray]") -> None:
     pq.write_table(table, temporary)
     fsync_path(temporary)
     os.replace(temporary, path)
+
+
+def read_predictions(path: Path) -> "dict[str, np.ndarray]":
+    """Columns of numbers, each (N,); lists an example, such as logits, are left out.
+
+    Raises:
+        RunError: no such file, no whole Parquet file, or no column of numbers without gaps.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # A `Path` alone would go through pyarrow's file systems, at four times the time.
+        with path.open("rb") as source:
+            file = pq.ParquetFile(source)
+            names = [f.name for f in file.schema_arrow if not pa.types.is_nested(f.type)]
+            table = file.read(columns=names, use_threads=False)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path}: not a whole Parquet file: {reason}") from None
+    columns = {name: table[name].to_numpy() for name in names if not table[name].null_count}
+    if not columns or not table.num_rows:
+        raise RunError(f"{path}: holds no predictions; run the experiment again")
+    return columns
