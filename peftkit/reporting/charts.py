@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from peftkit.reporting.curves import Curve, Line, curves
-from peftkit.reporting.figure_text import MIB, interval, score
+from peftkit.reporting.figure_text import MIB, interval, score, words
 from peftkit.reporting.figures import PHASES
 from peftkit.reporting.memory_bars import Bar, memory_bars
 from peftkit.reporting.pareto import Cost, Point, pareto
@@ -39,15 +39,11 @@ def charts_of(table: "Table", anchors: Sequence[str]) -> list[Chart]:
 
 
 def short_labels(labels: Sequence[str]) -> list[str]:
-    """Without the words, between underscores, that all of them begin or end with."""
-    words = [label.split("_") for label in labels]
-    if len(set(labels)) < 2:
-        return list(labels)
-    while all(len(w) > 1 for w in words) and len({w[-1] for w in words}) == 1:
-        words = [w[:-1] for w in words]
-    while all(len(w) > 1 for w in words) and len({w[0] for w in words}) == 1:
-        words = [w[1:] for w in words]
-    return ["_".join(w) for w in words]
+    """Without the words, between underscores, that all of them hold; as they are if one is left bare."""
+    parts = [label.split("_") for label in labels]
+    shared = set.intersection(*map(set, parts)) if labels[1:] else set()
+    short = ["_".join(part for part in own if part not in shared) for own in parts]
+    return short if all(short) and len(set(short)) == len(set(labels)) else list(labels)
 
 
 def _paretos(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> list[Chart]:
@@ -60,7 +56,7 @@ def _paretos(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> l
     for title, axis, value in costs:
         points = _points(table, anchors, labels, (axis, value))
         if points:
-            cost = Cost(axis, table.metric, table.higher_is_better)
+            cost = Cost(axis, words(table.metric), table.higher_is_better)
             charts.append(Chart(title, pareto(points, cost), "", "pareto"))
     return charts
 
@@ -92,14 +88,14 @@ def _points(
             continue
         bounds = row.interval or row.seed_interval
         around = f" ({interval(bounds)})" if bounds else ""
-        tip = f"{row.label}: {table.metric} {score(row.score)}{around} at {cost:,.4g} {unit}"
+        tip = f"{row.label}: {words(table.metric)} {score(row.score)}{around} at {cost:,.4g} {unit}"
         found.append(Point(place, anchors[place], labels[place], tip, cost, row.score, bounds))
     return found
 
 
 def _curves(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> list[Chart]:
     wanted: list[tuple[str, str, Callable[[dict[str, float], float], float | None]]] = [
-        (f"Held-out {table.metric}", table.metric, lambda held, _: held.get(table.metric)),
+        (f"Held-out {words(table.metric)}", words(table.metric), lambda held, _: held.get(table.metric)),
         ("Training loss", "training loss", lambda _, loss: loss),
     ]
     charts = []

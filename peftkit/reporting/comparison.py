@@ -18,10 +18,11 @@ from peftkit.reporting.conditions import Difference, differences
 from peftkit.reporting.figures import figures_of, shared_machine
 from peftkit.reporting.gathering import Problem, gather
 from peftkit.reporting.groups import letters
-from peftkit.reporting.results import Pair, Row, Table
+from peftkit.reporting.pairs import Pairs
+from peftkit.reporting.results import Row, Table
 from peftkit.reporting.scores import LOWER_IS_BETTER
 from peftkit.reporting.statistics import seed_interval
-from peftkit.reporting.testing import Tested, pairs_of, tested
+from peftkit.reporting.testing import Tested, tested
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Comparison:
         return not any(problem.is_unreadable for problem in self.problems)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON types; numbers that are not finite become null."""
+        """Everything, as JSON types; what is not known is null."""
         from peftkit.reporting.documents import as_json
 
         return as_json(self)
@@ -77,8 +78,7 @@ def _table(
 ) -> Table:
     found = tested(table, answers)
     conditions = differences(table.arms, shared)
-    pairs = pairs_of(found)
-    rows = _rows(table, found, pairs, conditions, price_per_hour)
+    rows = _rows(table, found, conditions, price_per_hour)
     records = [run.record for arm in table.arms for run in arm.runs if run.record]
     return Table(
         title=_title(table),
@@ -88,7 +88,7 @@ def _table(
         examples=found.examples,
         is_sample=any(record.stand_in for record in records),
         rows=tuple(rows),
-        pairs=pairs,
+        pairs=found.pairs,
         conditions=tuple(conditions),
     )
 
@@ -96,22 +96,17 @@ def _table(
 def _rows(
     table: ArmTable,
     found: Tested,
-    pairs: tuple[Pair, ...],
     conditions: list[Difference],
     price_per_hour: float | None,
 ) -> list[Row]:
-    intervals = {arm.label: i for arm, i in zip(found.arms, found.intervals, strict=True)}
     scores = {arm.label: _scores(arm, table.metric) for arm in table.arms}
     sign = 1 if table.metric in LOWER_IS_BETTER else -1
     ordered = sorted(
         table.arms,
         key=lambda arm: (not scores[arm.label], sign * _mean(scores[arm.label]), arm.label),
     )
-    judged = [arm.label for arm in ordered if arm.label in intervals]
-    apart = [(pair.a, pair.b) for pair in pairs if pair.is_separated]
-    number = {label: place for place, label in enumerate(judged)}
-    marks = letters(list(number.values()), [(number[a], number[b]) for a, b in apart]) or {}
-    from_best = {label for pair in apart if judged[0] in pair for label in pair}
+    judged = [arm.label for arm in ordered if arm.label in found.intervals]
+    marks, best_group = _letters(found.pairs, judged), _best_group(found.pairs, judged)
     return [
         Row(
             arm=arm,
@@ -119,14 +114,27 @@ def _rows(
             score=_mean(own) if (own := scores[arm.label]) else None,
             scores=own,
             seed_interval=seed_interval(np.array(list(own.values()))),
-            interval=intervals.get(arm.label),
-            letters=marks.get(number.get(arm.label, -1), ""),
-            in_best_group=arm.label in judged
-            and (arm.label == judged[0] or arm.label not in from_best),
-            notes="".join(c.letter for c in conditions if arm.label in c.marked),
+            interval=found.intervals.get(arm.label),
+            letters=marks.get(arm.label, ""),
+            in_best_group=arm.label in best_group,
+            notes=tuple(c.letter for c in conditions if arm.label in c.marked),
         )
         for arm in ordered
     ]
+
+
+def _letters(pairs: Pairs, judged: list[str]) -> dict[str, str]:
+    place = {label: number for number, label in enumerate(pairs.labels)}
+    marks = letters([place[label] for label in judged], pairs.separated()) or {}
+    return {label: marks.get(number, "") for label, number in place.items()}
+
+
+def _best_group(pairs: Pairs, judged: list[str]) -> set[str]:
+    """The arm with the best score, and all that no test tells apart from it."""
+    if not judged:
+        return set()
+    apart = {label for p in pairs.of(judged[0]) if p.is_separated for label in (p.a, p.b)}
+    return {judged[0], *(label for label in judged if label not in apart)}
 
 
 def _scores(arm: Arm, metric: str) -> dict[int, float]:

@@ -90,7 +90,7 @@ def _end_labels(
         colour, _ = svg.style_of(arm.place)
         at = x.end + 12
         if abs(row - top) > 4 or at - left > 20:
-            parts.append(f'<path class="lead c{colour}" d="M{left + 7:.1f} {top:.1f}L{at - 2:.1f} {row:.1f}"/>')
+            parts.append(f'<path class="leader c{colour}" d="M{left + 7:.1f} {top:.1f}L{at - 2:.1f} {row:.1f}"/>')
         parts.append(f'<text class="name c{colour}" x="{at:.1f}" y="{row + 4:.1f}">{escape(label)}</text>')
     return parts
 

@@ -6,26 +6,28 @@ Called by `comparison.write_comparison`; imports the tables and the wording.
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from peftkit.errors import RunError
 from peftkit.reporting.figures import KINDS, PHASES
 from peftkit.reporting.page import page
-from peftkit.reporting.tables import View, memory_view, pair_view, result_view
+from peftkit.reporting.tables import View, choice_view, memory_view, pair_view, result_view
 from peftkit.reporting.wording import condition_sentence, summary_sentences
 from peftkit.staging import write_file
 
 if TYPE_CHECKING:
     from peftkit.reporting.comparison import Comparison
     from peftkit.reporting.gathering import Run
-    from peftkit.reporting.results import Pair, Row, Table
+    from peftkit.reporting.pairs import Pair
+    from peftkit.reporting.results import Row, Table
 
 SCHEMA_VERSION: Final = 1
 MAX_PAIRS_IN_TEXT: Final = 100
+MAX_PAIRS_IN_JSON: Final = 2000
 
 
 def write_documents(comparison: "Comparison", out: Path) -> list[Path]:
@@ -51,16 +53,13 @@ def write_documents(comparison: "Comparison", out: Path) -> list[Path]:
 
 
 def as_json(comparison: "Comparison") -> dict[str, Any]:
-    """Everything, as JSON types; numbers that are not finite become null."""
-    content = {
+    """Everything, as JSON types; infinite degrees of freedom are null."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "price_per_hour": comparison.price_per_hour,
         "problems": [asdict(problem) for problem in comparison.problems],
         "tables": [_table(table) for table in comparison.tables],
     }
-    finite = _finite(content)
-    assert isinstance(finite, dict)
-    return finite
 
 
 def json_text(content: dict[str, Any]) -> str:
@@ -85,6 +84,8 @@ def markdown(comparison: "Comparison") -> str:
         parts += [f"## {_escaped(table.title)}: {_escaped(table.metric)}"]
         parts += [_escaped(" ".join(summary_sentences(table)))]
         parts += _conditions(table)
+        if (choices := choice_view(table)).rows:
+            parts += ["### What to take at a given memory", _grid(choices)]
         parts += [_grid(result_view(table))]
         if any(len(row.scores) == 1 for row in table.rows):
             parts += ["\\* one seed: the interval covers the draw of examples only."]
@@ -111,7 +112,8 @@ def _table(table: "Table") -> dict[str, Any]:
         "groups": _groups(table),
         "best_group": [row.label for row in table.rows if row.in_best_group],
         "arms": [_arm(row) for row in table.rows],
-        "pairs": [_pair(pair) for pair in table.pairs],
+        "pair_count": len(table.pairs),
+        "pairs": [_pair(pair) for pair in _listed(table)],
     }
 
 
@@ -129,7 +131,7 @@ def _arm(row: "Row") -> dict[str, Any]:
         "label": row.label,
         "name": row.arm.name,
         "score": row.score,
-        "scores": row.scores,
+        "scores": {str(seed): score for seed, score in row.scores.items()},
         "seed_interval": row.seed_interval,
         "interval": row.interval,
         "letters": row.letters,
@@ -157,20 +159,22 @@ def _run(run: "Run", *, is_superseded: bool) -> dict[str, Any]:
     }
 
 
+def _listed(table: "Table") -> "list[Pair]":
+    """All pairs; of very many those of the best arm and the clearest."""
+    if len(table.pairs) <= MAX_PAIRS_IN_JSON:
+        return list(table.pairs)
+    best = table.pairs.of(next(row.label for row in table.rows if row.interval))
+    kept = {(pair.a, pair.b): pair for pair in [*best, *table.pairs.clearest(MAX_PAIRS_IN_JSON)]}
+    return list(kept.values())
+
+
 def _pair(pair: "Pair") -> dict[str, Any]:
     return {
         **{key: value for key, value in vars(pair).items() if key != "mcnemar"},
+        "degrees_of_freedom": pair.degrees_of_freedom if isfinite(pair.degrees_of_freedom) else None,
         "separated": pair.is_separated,
         "mcnemar": [vars(test) for test in pair.mcnemar],
     }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _json_lines(value: Any, depth: int = 0) -> Iterator[str]:

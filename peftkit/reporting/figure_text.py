@@ -47,6 +47,14 @@ def number(value: float | None, digits: int = 0) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
+def millions(count: int | None) -> str:
+    """Of parameters: three digits that count."""
+    if count is None:
+        return NONE
+    size = count / 1e6
+    return f"{size:,.{0 if size >= 100 else 1 if size >= 10 else 3}f}"
+
+
 def percent(value: float | None) -> str:
     """A ratio less 1, as `+3.1`."""
     return NONE if value is None else f"{100 * value:+.1f}".replace("-", "−")
@@ -62,3 +70,8 @@ def listed(names: list[str], most: int = 6) -> str:
 def plural(count: int, word: str) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def words(name: str) -> str:
+    """A metric's name for reading."""
+    return name.replace("_", " ")

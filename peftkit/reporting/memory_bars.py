@@ -34,10 +34,10 @@ def memory_bars(bars: Sequence[Bar]) -> str:
     bottom = TOP + ROW * len(bars) + 6
     x = svg.Axis(0, largest, 6, svg.WIDTH - 62)
     parts = ['<g class="axes">']
-    for value in x.ticks():
+    for value, text in x.labelled_ticks():
         at = x.at(value)
         parts.append(f'<path d="M{at:.1f} {TOP}V{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 15}" class="m">{svg.tick_text(value)}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 15}" class="m">{text}</text>')
     middle = (x.start + x.end) / 2
     parts.append(f'<text x="{middle:.0f}" y="{bottom + 33}" class="m">peak of live tensors, MiB</text></g>')
     parts += [_bar(bar, TOP + ROW * row, x) for row, bar in enumerate(bars)]

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Final
 
 from peftkit.reporting import svg
 from peftkit.reporting.charts import Chart, charts_of
-from peftkit.reporting.figure_text import number, plural, score
+from peftkit.reporting.figure_text import number, plural, score, words
 from peftkit.reporting.repeating import commands, common_part, own_part, recipe_yaml
-from peftkit.reporting.tables import View, memory_view, pair_view, result_view
-from peftkit.reporting.wording import SAMPLE_SENTENCE, condition_sentence, summary_sentences
+from peftkit.reporting.tables import View, choice_view, memory_view, pair_view, result_view
+from peftkit.reporting.wording import (
+    SAMPLE_SENTENCE,
+    ConditionGroup,
+    condition_groups,
+    summary_sentences,
+)
 
 if TYPE_CHECKING:
     from peftkit.reporting.comparison import Comparison
@@ -50,10 +55,11 @@ class TablePart:
     title: str
     metric: str
     sentences: list[str]
-    conditions: list[tuple[str, str, str]]
-    """Letter, condition, its values in words."""
+    conditions: list[ConditionGroup]
+    condition_count: int
+    choices: View
     results: View
-    marks: list[tuple[str, int, int, bool, str]]
+    marks: list[tuple[str, int, int, bool, tuple[str, ...]]]
     """Of each row: anchor, colour, shape, whether in the best group, notes."""
     has_single_seeds: bool
     charts: list[Chart]
@@ -108,12 +114,11 @@ def _part(table: "Table", number: int) -> TablePart:
     return TablePart(
         anchor=f"t{number}",
         title=table.title,
-        metric=table.metric,
+        metric=words(table.metric),
         sentences=sentences[1:] if table.is_sample else sentences,
-        conditions=[
-            (c.letter, c.condition, condition_sentence(c.values, len(table.rows)))
-            for c in table.conditions
-        ],
+        conditions=condition_groups(table),
+        condition_count=len(table.conditions),
+        choices=choice_view(table),
         results=result_view(table),
         marks=_marks(table.rows, anchors),
         has_single_seeds=any(len(row.scores) == 1 and row.interval for row in table.rows),
@@ -137,7 +142,7 @@ def _part(table: "Table", number: int) -> TablePart:
 
 def _marks(
     rows: "Sequence[Row]", anchors: Sequence[str]
-) -> list[tuple[str, int, int, bool, str]]:
+) -> list[tuple[str, int, int, bool, tuple[str, ...]]]:
     return [
         (anchor, *svg.style_of(place), row.in_best_group, row.notes)
         for place, (row, anchor) in enumerate(zip(rows, anchors, strict=True))

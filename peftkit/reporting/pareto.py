@@ -58,7 +58,7 @@ def pareto(points: Sequence[Point], cost: Cost) -> str:
     parts = [svg.frame(x, y, cost.title, cost.score_name), _front_line(front, x, y)]
     parts += [_bar(p, x, y) for p in detailed if p.interval]
     parts += [_link(p, x, y) for p in points]
-    parts += _labels(points, detailed, x, y)
+    parts += _labels(points, detailed, (x, y), _step_boxes(front, x, y))
     return svg.drawing(HEIGHT, f"{cost.score_name} against {cost.title}", "".join(parts))
 
 
@@ -95,13 +95,26 @@ def _link(point: Point, x: svg.Axis, y: svg.Axis) -> str:
     )
 
 
+def _step_boxes(front: Sequence[Point], x: svg.Axis, y: svg.Axis) -> list[svg.Box]:
+    """Where the line of the front runs."""
+    at = [(x.at(p.cost), y.at(p.score)) for p in front]
+    ends = [*at[1:], (x.end, at[-1][1])]
+    flat = [svg.Box(x0, y0 - 1, x1, y0 + 1) for (x0, y0), (x1, _) in zip(at, ends, strict=True)]
+    steep = zip(at, ends, strict=True)
+    return flat + [svg.Box(x1 - 1, min(y0, y1), x1 + 1, max(y0, y1)) for (_, y0), (x1, y1) in steep]
+
+
 def _labels(
-    points: Sequence[Point], labelled: Sequence[Point], x: svg.Axis, y: svg.Axis
+    points: Sequence[Point],
+    labelled: Sequence[Point],
+    axes: tuple[svg.Axis, svg.Axis],
+    soft: list[svg.Box],
 ) -> list[str]:
     """Names beside their points where they cover no point and no other name."""
+    x, y = axes
     at = {p.anchor: (x.at(p.cost), y.at(p.score)) for p in points}
     taken = [svg.Box(left - 7, top - 7, left + 7, top + 7) for left, top in at.values()]
-    bars = [
+    soft += [
         svg.Box(at[p.anchor][0] - 2, y.at(p.interval.high), at[p.anchor][0] + 2, y.at(p.interval.low))
         for p in labelled
         if p.interval
@@ -109,7 +122,7 @@ def _labels(
     bounds = svg.Box(x.start, y.end - 8, svg.WIDTH, y.start)
     parts = []
     for point in labelled:
-        found = svg.placed_label(at[point.anchor], point.label, bounds, taken, bars)
+        found = svg.placed_label(at[point.anchor], point.label, bounds, taken, soft)
         if found:
             left, base, box = found
             taken.append(box)

@@ -13,6 +13,7 @@ from peftkit.staging import STAGING_PREFIX, fsync_path
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 
 def write_predictions(path: Path, columns: "dict[str, np.ndarray]") -> None:
@@ -40,14 +41,31 @@ def read_predictions(path: Path) -> "dict[str, np.ndarray]":
         # A `Path` alone would go through pyarrow's file systems, at four times the time.
         with path.open("rb") as source:
             file = pq.ParquetFile(source)
-            names = [f.name for f in file.schema_arrow if not pa.types.is_nested(f.type)]
+            names = [f.name for f in file.schema_arrow if _is_number(f.type)]
             table = file.read(columns=names, use_threads=False)
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{path}: not a whole Parquet file: {reason}") from None
-    columns = {name: table[name].to_numpy() for name in names if not table[name].null_count}
-    if not columns or not table.num_rows:
+    full = [name for name in names if table.num_rows and not table[name].null_count]
+    columns = {name: _numbers(table[name]) for name in full}
+    if not columns:
         raise RunError(f"{path}: holds no predictions; run the experiment again")
     return columns
+
+
+def _is_number(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
+
+
+def _numbers(column: "pa.ChunkedArray") -> "np.ndarray":
+    # By way of DLPack, because pyarrow's own `to_numpy` imports pandas, a second's work.
+    import numpy as np
+    import pyarrow as pa
+
+    numbers = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
+    return np.concatenate([np.from_dlpack(chunk) for chunk in numbers.chunks])

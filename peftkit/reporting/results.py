@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from peftkit.reporting.arms import Arm
 from peftkit.reporting.conditions import Difference
 from peftkit.reporting.figures import Figures
-from peftkit.reporting.statistics import LEVEL, Interval
+from peftkit.reporting.pairs import Pairs
+from peftkit.reporting.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -28,46 +29,13 @@ class Row:
     """Arms that share a letter are not separated; empty: untested, or too many arms."""
     in_best_group: bool
     """Whether no test separates it from the arm with the best score."""
-    notes: str
+    notes: tuple[str, ...]
     """Letters of the conditions in which it differs."""
 
     @property
     def label(self) -> str:
         """What it is called in its table."""
         return self.arm.label
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Two runs of one seed: examples that only the one and only the other answers rightly."""
-
-    seed: int
-    only_a: int
-    only_b: int
-    p: float
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two arms, by label; `difference` is the score of `a` less that of `b`."""
-
-    a: str
-    b: str
-    difference: float
-    interval: Interval
-    standard_error: float
-    degrees_of_freedom: float
-    p: float
-    p_adjusted: float
-    detectable: float
-    covers_seeds: bool
-    mcnemar: tuple[McNemar, ...]
-    """One for each seed that both have; empty for other metrics than accuracy."""
-
-    @property
-    def is_separated(self) -> bool:
-        """Whether the data tell the two apart, at 5% over all pairs of the table."""
-        return self.p_adjusted < LEVEL
 
 
 @dataclass(frozen=True)
@@ -83,5 +51,5 @@ class Table:
     """That the tests stand on; 0: none."""
     is_sample: bool
     rows: tuple[Row, ...]
-    pairs: tuple[Pair, ...]
+    pairs: Pairs
     conditions: tuple[Difference, ...]

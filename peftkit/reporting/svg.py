@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-WIDTH: Final = 400
-LETTER_WIDTH: Final = 6.4
+WIDTH: Final = 360
+LETTER_WIDTH: Final = 7.2
 """Of the 12 px label font, on average and rounded up."""
 LINE_HEIGHT: Final = 14
 COLOURS: Final = 8
@@ -46,6 +46,14 @@ class Axis:
     def ticks(self) -> list[float]:
         """Round values inside the axis, at most seven."""
         return _log_ticks(self.low, self.high) if self.is_log else _ticks(self.low, self.high)
+
+    def labelled_ticks(self) -> list[tuple[float, str]]:
+        """Ticks with their text; on a linear axis all with as many digits after the point."""
+        values = self.ticks()
+        needed = max((len(f"{value:.10g}".partition(".")[2]) for value in values), default=0)
+        digits = [len(f"{v:.10g}".partition(".")[2]) if self.is_log else needed for v in values]
+        texts = [f"{v:,.{d}f}".replace("-", "−") for v, d in zip(values, digits, strict=True)]
+        return list(zip(values, texts, strict=True))
 
     def _scaled(self, value: float) -> float:
         return math.log10(value) if self.is_log else value
@@ -87,14 +95,14 @@ def axis_over(values: Sequence[float], start: float, end: float, *, log_from: fl
 def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> str:
     """Grid lines, tick labels and titles: the horizontal axis below, the vertical one at the left."""
     parts = ['<g class="axes">']
-    for value in y.ticks():
+    for value, text in y.labelled_ticks():
         at = y.at(value)
         parts.append(f'<path d="M{x.start:.0f} {at:.1f}H{x.end:.0f}"/>')
-        parts.append(f'<text x="{x.start - 6:.0f}" y="{at + 4:.1f}" class="e">{tick_text(value)}</text>')
-    for value in x.ticks():
+        parts.append(f'<text x="{x.start - 6:.0f}" y="{at + 4:.1f}" class="e">{text}</text>')
+    for value, text in x.labelled_ticks():
         at = x.at(value)
         parts.append(f'<path d="M{at:.1f} {y.start:.0f}v4"/>')
-        parts.append(f'<text x="{at:.1f}" y="{y.start + 17:.0f}" class="m">{tick_text(value)}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{y.start + 17:.0f}" class="m">{text}</text>')
     parts.append(f'<path class="base" d="M{x.start:.0f} {y.start:.0f}H{x.end:.0f}"/>')
     middle = (x.start + x.end) / 2
     parts.append(f'<text x="{middle:.0f}" y="{y.start + 35:.0f}" class="m">{escape(x_title)}</text>')
@@ -116,13 +124,6 @@ def style_of(place: int) -> tuple[int, int]:
 def text_width(text: str) -> float:
     """Pixels that a label takes up, roughly and rather too many."""
     return len(text) * LETTER_WIDTH
-
-
-def tick_text(value: float) -> str:
-    """Short and without an exponent."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}".replace("-", "−")
 
 
 def placed_label(

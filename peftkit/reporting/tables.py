@@ -5,21 +5,25 @@ Called by the documents, the page and the command line; imports the results.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from peftkit.reporting.figure_text import (
     NONE,
     interval,
     mib,
+    millions,
     number,
     percent,
     probability,
     score,
     signed,
+    words,
 )
 
 if TYPE_CHECKING:
-    from peftkit.reporting.results import McNemar, Pair, Row, Table
+    from peftkit.reporting.pairs import McNemar, Pair
+    from peftkit.reporting.results import Row, Table
 
 PHASE_WORDS: Final = {"load": "load", "train_step": "train", "eval": "eval"}
 KIND_WORDS: Final = {
@@ -57,7 +61,7 @@ def result_view(table: "Table") -> View:
 
 def short_view(table: "Table") -> View:
     """What fits the width of a terminal."""
-    wanted = ("method", "group", table.metric, "seeds", "train peak", "train s", "delta", "status")
+    wanted = ("method", "group", words(table.metric), "seeds", "train peak", "train s", "delta", "status")
     both = "95% seeds + examples"
     columns = [c for c in _result_columns(table) if c.header.startswith((*wanted, both))]
     return _view("results", [c for c in columns if "resident" not in c.header], table.rows)
@@ -73,9 +77,9 @@ def memory_view(table: "Table") -> View:
     return _view("memory", columns, table.rows)
 
 
-def pair_view(table: "Table", most: int | None = None) -> View:
+def pair_view(table: "Table", most: int) -> View:
     """One row a pair, the clearest first."""
-    ordered = sorted(table.pairs, key=lambda pair: (pair.p_adjusted, pair.p))[:most]
+    ordered = table.pairs.clearest(most)
     headers = ["A", "B", "A − B", "95% interval", "p", "p adjusted", "told apart", "detectable"]
     rows = [_pair_cells(pair) for pair in ordered]
     if any(pair.mcnemar for pair in ordered):
@@ -83,6 +87,33 @@ def pair_view(table: "Table", most: int | None = None) -> View:
     else:
         rows = [row[:-1] for row in rows]
     return View("pairs", tuple(headers), frozenset({0, 1, 6, 8}), tuple(rows))
+
+
+def choice_view(table: "Table") -> View:
+    """What to take at a given memory: the arms that no cheaper one reaches in mean score."""
+    rows = []
+    for below, row in pairwise([None, *_best_by_memory(table)]):
+        assert row is not None
+        pair = table.pairs.between(row.label, below.label) if below else None
+        told = NONE if below is None else "not tested" if pair is None else _told(pair)
+        rows.append((mib(row.figures.peak_bytes), row.label, score(row.score), told))
+    headers = ("memory from, MiB", "take", words(table.metric), "told apart from the row above")
+    return View("choices", headers, frozenset({1, 3}), tuple(rows))
+
+
+def _best_by_memory(table: "Table") -> "list[Row]":
+    sign = -1 if table.higher_is_better else 1
+    found: list[Row] = []
+    scored = [row for row in table.rows if row.score is not None and row.figures.peak_bytes]
+    for row in sorted(scored, key=lambda r: (r.figures.peak_bytes or 0, sign * (r.score or 0))):
+        if not found or sign * (row.score or 0) < sign * (found[-1].score or 0):
+            found.append(row)
+    return found
+
+
+def _told(pair: "Pair") -> str:
+    told = f"{'yes' if pair.is_separated else 'no'} (adjusted p {probability(pair.p_adjusted)})"
+    return told if pair.covers_seeds else f"{told}, these models only"
 
 
 def marked_label(row: "Row") -> str:
@@ -109,7 +140,7 @@ def _view(name: str, columns: "Sequence[_Column]", rows: "Sequence[Row]") -> Vie
 def _result_columns(table: "Table") -> list[_Column]:
     return [
         _Column("method", marked_label, is_text=True, always=True),
-        _Column(table.metric, lambda row: score(row.score), always=True),
+        _Column(words(table.metric), lambda row: score(row.score), always=True),
         _Column("95% seeds + examples", _full_interval),
         _Column("95% seeds", _seed_interval),
         _Column("group", lambda row: row.letters or NONE, is_text=True),
@@ -121,7 +152,7 @@ def _result_columns(table: "Table") -> list[_Column]:
         _Column("processor s", lambda row: number(row.figures.train_cpu_seconds)),
         _Column("examples/s", lambda row: number(row.figures.examples_per_second, 1)),
         _Column("tokens/s", lambda row: number(row.figures.tokens_per_second)),
-        _Column("trainable", lambda row: number(row.figures.trainable_parameters)),
+        _Column("trainable, M", lambda row: millions(row.figures.trainable_parameters)),
         _Column("delta, MiB", lambda row: mib(row.figures.delta_bytes)),
         _Column("cost of a run", lambda row: number(row.figures.cost, 4)),
         _Column("status", status_text, is_text=True, always=True),

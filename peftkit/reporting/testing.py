@@ -8,29 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from peftkit.reporting.answers import Answers, example_count, recorded_score
-from peftkit.reporting.arms import Arm, ArmTable
+from peftkit.reporting.arms import ArmTable
+from peftkit.reporting.pairs import McNemars, Pairs
 from peftkit.reporting.resampling import spread
-from peftkit.reporting.results import McNemar, Pair
-from peftkit.reporting.scores import Columns, correct
+from peftkit.reporting.scores import correct
 from peftkit.reporting.statistics import (
     Interval,
     Sample,
-    Tests,
     arm_intervals,
     components,
-    mcnemar,
+    only_right,
     pair_tests,
 )
 
 
 @dataclass(frozen=True)
 class Tested:
-    """Arms that stand in a test, and what came out; `arms` in the order of the arrays."""
+    """What came out of the tests of one table."""
 
-    arms: list[Arm]
-    intervals: list[Interval]
-    tests: Tests | None
-    mcnemar: dict[tuple[int, int], tuple[McNemar, ...]]
+    intervals: dict[str, Interval]
+    """Label → interval, of the arms that stand in a test."""
+    pairs: Pairs
     examples: int
 
 
@@ -42,51 +40,17 @@ def tested(table: ArmTable, answers: Answers) -> Tested:
     columns = [answers[id(run)] for _, run in runs]
     covariance = spread(table.metric, columns) if columns else None
     if covariance is None:
-        return Tested([], [], None, {}, 0)
+        return Tested({}, Pairs([], None, None), 0)
     examples = example_count(columns[0])
     scores = np.array([recorded_score(run, table.metric) for _, run in runs], dtype=float)
-    parts = components(Sample(scores, covariance, np.array([n for n, _ in runs]), examples))
+    parts = components(Sample(scores, covariance, np.array([n for n, _ in runs])))
+    each = None
+    if table.metric == "accuracy":
+        places: list[dict[int, int]] = [{} for _ in arms]
+        for place, (number, run) in enumerate(runs):
+            places[number][run.seed] = place
+        each = McNemars(places, only_right(np.stack([correct(c) for c in columns])))
     tests = pair_tests(parts, examples) if len(arms) > 1 else None
-    seeds = [(number, run.seed) for number, run in runs]
-    per_run = _mcnemars(seeds, columns) if tests and table.metric == "accuracy" else {}
-    return Tested(arms, arm_intervals(parts, examples), tests, per_run, examples)
-
-
-def _mcnemars(
-    runs: list[tuple[int, int]], columns: list[Columns]
-) -> dict[tuple[int, int], tuple[McNemar, ...]]:
-    """Pair of arms → a test for each seed that both have; `runs` are (arm, seed)."""
-    only, p = mcnemar(np.stack([correct(c) for c in columns]))
-    found: dict[tuple[int, int], tuple[McNemar, ...]] = {}
-    by_seed: dict[int, list[int]] = {}
-    for number, (_, seed) in enumerate(runs):
-        by_seed.setdefault(seed, []).append(number)
-    for seed, numbers in sorted(by_seed.items()):
-        for place, i in enumerate(numbers):
-            for j in numbers[place + 1 :]:
-                test = McNemar(seed, int(only[i, j]), int(only[j, i]), float(p[i, j]))
-                arms = (runs[i][0], runs[j][0])
-                found[arms] = (*found.get(arms, ()), test)
-    return found
-
-
-def pairs_of(found: Tested) -> tuple[Pair, ...]:
-    """The tests by label, in the order of the arms."""
-    tests = found.tests
-    if tests is None:
-        return ()
-    names = [arm.label for arm in found.arms]
-    fields = (tests.a, tests.b, tests.difference, tests.low, tests.high, tests.standard_error)
-    rest = (tests.degrees_of_freedom, tests.p, tests.p_adjusted, tests.detectable)
-    lists = [array.tolist() for array in (*fields, *rest, tests.covers_seeds)]
-    return tuple(
-        Pair(
-            names[a],
-            names[b],
-            difference,
-            Interval(low, high),
-            *numbers,
-            mcnemar=found.mcnemar.get((a, b), ()),
-        )
-        for a, b, difference, low, high, *numbers in zip(*lists, strict=True)
-    )
+    labels = [arm.label for arm in arms]
+    intervals = dict(zip(labels, arm_intervals(parts, examples), strict=True))
+    return Tested(intervals, Pairs(labels, tests, each), examples)

@@ -3,12 +3,28 @@
 Called by the documents and the command line; imports the results.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftkit.reporting.figure_text import interval, listed, mib, plural, probability, score
+from peftkit.reporting.figure_text import interval, listed, mib, plural, probability, score, words
+
+from peftkit.reporting.statistics import LEVEL
 
 if TYPE_CHECKING:
-    from peftkit.reporting.results import Pair, Row, Table
+    from peftkit.reporting.conditions import Difference
+    from peftkit.reporting.pairs import Pair
+    from peftkit.reporting.results import Row, Table
+
+
+@dataclass(frozen=True)
+class ConditionGroup:
+    """Conditions in which the same arms differ from the same others."""
+
+    arms: list[str]
+    """Who, in words: a column each."""
+    rows: list[tuple[str, str, list[str]]]
+    """Letter, condition, and its value in each column."""
+
 
 SAMPLE_SENTENCE = (
     "Sample data: these runs used a small stand-in that peftkit made itself. Memory and time are "
@@ -26,6 +42,28 @@ def summary_sentences(table: "Table") -> list[str]:
     return [*sentences, *_certainty(table), *_one_seed(tested), *_unfinished(table)]
 
 
+def condition_groups(table: "Table") -> list[ConditionGroup]:
+    """Conditions that part the rows in one way, together."""
+    grouped: dict[tuple[frozenset[str], ...], list[Difference]] = {}
+    for condition in table.conditions:
+        parts = sorted(map(frozenset, condition.values.values()), key=sorted)
+        grouped.setdefault(tuple(parts), []).append(condition)
+    return [_group(table, parts, members) for parts, members in grouped.items()]
+
+
+def _group(
+    table: "Table", parts: tuple[frozenset[str], ...], members: "list[Difference]"
+) -> ConditionGroup:
+    order = {row.label: place for place, row in enumerate(table.rows)}
+    ordered = sorted(parts, key=lambda part: (-len(part), min(order[label] for label in part)))
+    rows = []
+    for condition in members:
+        value_of = {frozenset(labels): value for value, labels in condition.values.items()}
+        rows.append((condition.letter, condition.condition, [value_of[p] for p in ordered]))
+    names = [listed(sorted(part, key=order.__getitem__)) for part in ordered]
+    return ConditionGroup(names, rows)
+
+
 def condition_sentence(values: dict[str, list[str]], arms: int) -> str:
     """`3 for a and b; 1 for c`; the most common value of many arms without their names."""
     parts = []
@@ -37,27 +75,24 @@ def condition_sentence(values: dict[str, list[str]], arms: int) -> str:
 
 def pairs_with_best(table: "Table") -> dict[str, "Pair"]:
     """Label of each other tested arm → its test against the arm with the best score."""
-    best = next((row.label for row in table.rows if row.interval is not None), None)
-    found = {}
-    for pair in table.pairs:
-        if best in (pair.a, pair.b):
-            found[pair.b if pair.a == best else pair.a] = pair
-    return found
+    best = next((row.label for row in table.rows if row.interval is not None), "")
+    return {pair.b if pair.a == best else pair.a: pair for pair in table.pairs.of(best)}
 
 
 def _verdict(table: "Table", tested: list["Row"]) -> str:
     best = tested[0]
-    shown = f"{best.label} has the best mean {table.metric}, {score(best.score)}"
+    shown = f"{best.label} has the best mean {words(table.metric)}, {score(best.score)}"
     if len(tested) == 1:
         return f"{shown} (95% interval {interval(best.interval)}); there is nothing to compare it to."
     group = [row.label for row in tested if row.in_best_group]
     behind = [row.label for row in tested if not row.in_best_group]
     if not behind:
-        what = "Neither method" if len(tested) == 2 else f"No method of the {len(tested)}"
-        return f"{shown}, but {what[0].lower()}{what[1:]} can be told apart from it: {listed(group)}."
+        if len(tested) == 2:
+            return f"{shown}, but {group[1]} cannot be told apart from it."
+        return f"{shown}, but none of the other {len(group) - 1} can be told apart from it."
     against = pairs_with_best(table)
     worst = max(against[label].p_adjusted for label in behind)
-    ahead = f"it is ahead of {listed(behind)} (adjusted p at most {_p(worst)})"
+    ahead = f"it is ahead of {listed(behind)} (adjusted p at most {probability(worst)})"
     if len(group) == 1:
         return f"{shown}: {ahead}."
     return f"{shown}: {ahead} and cannot be told apart from {listed(group[1:])}."
@@ -80,20 +115,26 @@ def _cheapest(tested: list["Row"]) -> list[str]:
 
 
 def _certainty(table: "Table") -> list[str]:
-    if not table.pairs:
+    sizes = table.pairs.detectable()
+    if sizes is None:
         return []
-    sizes = sorted(pair.detectable for pair in table.pairs)
-    low, high = sizes[0], sizes[-1]
-    size = f"{low:.3f}" if high - low < 0.001 else f"{low:.3f} to {high:.3f}, depending on the pair"
-    what = "could not be told apart" if not any(p.is_separated for p in table.pairs) else ""
-    against = pairs_with_best(table)
-    nearest = [(p.p_adjusted, label) for label, p in against.items() if not p.is_separated]
-    sure = f" The clearest of these was {min(nearest)[1]} (adjusted p {_p(min(nearest)[0])})."
+    low, high = sizes
+    size = f"{low:.3f}" if high - low < 0.0005 else f"{low:.3f} to {high:.3f} (by pair)"
     return [
-        f"How sure: on {plural(table.examples, 'validation example')} this design finds, 4 times "
-        f"in 5, a true difference in {table.metric} of {size}; a smaller one would mostly be "
-        f"missed, so not told apart does not mean equal.{sure if nearest and not what else ''}"
+        f"How sure: with these seeds and {plural(table.examples, 'validation example')}, a true "
+        f"difference in {words(table.metric)} of {size} would be found 4 times in 5. A smaller one "
+        f"would mostly be missed, so not told apart does not mean equal.{_nearest(table)}"
     ]
+
+
+def _nearest(table: "Table") -> str:
+    """The clearest of the differences from the best that are not clear enough."""
+    open_pairs = [(p.p_adjusted, p.p, label) for label, p in pairs_with_best(table).items()]
+    unclear = [entry for entry in open_pairs if entry[0] >= LEVEL]
+    if not unclear:
+        return ""
+    adjusted, _, label = min(unclear)
+    return f" Clearest among those not told apart from the best: {label}, adjusted p {probability(adjusted)}."
 
 
 def _one_seed(tested: list["Row"]) -> list[str]:
@@ -112,7 +153,7 @@ def _untested(table: "Table") -> list[str]:
         return ["No run was completed, so there is no score."]
     best = scored[0]
     return [
-        f"{best.label} has the best mean {table.metric}, {score(best.score)}; without per-example "
+        f"{best.label} has the best mean {words(table.metric)}, {score(best.score)}; without per-example "
         "predictions that can be used, nothing is tested."
     ]
 
@@ -127,6 +168,3 @@ def _unfinished(table: "Table") -> list[str]:
             found.append(f"{row.label} ({words})")
     return [f"Not completed: {listed(found)}."] if found else []
 
-
-def _p(value: float) -> str:
-    return probability(value)

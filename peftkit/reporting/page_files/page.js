@@ -17,7 +17,7 @@
     });
     body.append(...keyed.map(([, row]) => row));
   };
-  for (const table of document.querySelectorAll("table")) {
+  for (const table of document.querySelectorAll("table[data-sortable]")) {
     const heads = Array.from(table.tHead.rows[0].cells);
     heads.forEach((head, column) => {
       const isText = head.classList.contains("w");
