@@ -5,7 +5,7 @@ Called by the comparison; imports what was gathered.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -172,19 +172,30 @@ def _modified(folder: Path) -> float:
 
 
 def _labelled(arms: list[Arm]) -> tuple[Arm, ...]:
-    counts = Counter(arm.name for arm in arms)
-    flats = {id(arm): flat(arm.recipe or {}) for arm in arms}
+    twins: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    names = Counter(arm.name for arm in arms)
+    for arm in (arm for arm in arms if names[arm.name] > 1):
+        twins[arm.name].append(flat(arm.recipe or {}))
     labelled = []
     for arm in arms:
-        twins = [flats[id(other)] for other in arms if other.name == arm.name]
-        label = f"{arm.name} ({_apart(flats[id(arm)], twins)})" if counts[arm.name] > 1 else arm.name
-        labelled.append(replace(arm, label=label))
-    return tuple(labelled)
+        own = f"{arm.name} ({_apart(flat(arm.recipe or {}), twins[arm.name])})"
+        labelled.append(replace(arm, label=own) if names[arm.name] > 1 else arm)
+    return _numbered(labelled)
 
 
-def _apart(own: dict[str, Any], twins: Iterable[dict[str, Any]]) -> str:
+def _numbered(arms: list[Arm]) -> tuple[Arm, ...]:
+    """Labels that are still the same get a number: rows are known by them."""
+    seen: Counter[str] = Counter()
+    found = []
+    for arm in arms:
+        seen[arm.label] += 1
+        again = seen[arm.label]
+        found.append(replace(arm, label=f"{arm.label} #{again}") if again > 1 else arm)
+    return tuple(found)
+
+
+def _apart(own: dict[str, Any], twins: Sequence[dict[str, Any]]) -> str:
     """The keys in which arms of one name differ, with the values of this one."""
-    twins = list(twins)
     keys = sorted({key for twin in twins for key in twin if key not in NOT_PART_OF_AN_ARM})
     differing = [key for key in keys if len({_canonical(twin.get(key)) for twin in twins}) > 1]
     shown = [

@@ -17,7 +17,7 @@ from peftkit.reporting.arms import Arm, ArmTable, tables_of
 from peftkit.reporting.conditions import Difference, differences
 from peftkit.reporting.figures import figures_of, shared_machine
 from peftkit.reporting.gathering import Problem, gather
-from peftkit.reporting.groups import letters
+from peftkit.reporting.groups import MAX_ARMS, letters
 from peftkit.reporting.pairs import Pairs
 from peftkit.reporting.results import Row, Table
 from peftkit.reporting.scores import LOWER_IS_BETTER
@@ -124,9 +124,11 @@ def _rows(
 
 
 def _letters(pairs: Pairs, judged: list[str]) -> dict[str, str]:
+    if len(judged) > MAX_ARMS:
+        return {}
     place = {label: number for number, label in enumerate(pairs.labels)}
-    marks = letters([place[label] for label in judged], pairs.separated()) or {}
-    return {label: marks.get(number, "") for label, number in place.items()}
+    marks = letters([place[label] for label in judged], pairs.separated())
+    return {label: marks[number] for label, number in place.items()}
 
 
 def _best_group(pairs: Pairs, judged: list[str]) -> set[str]:

@@ -13,16 +13,14 @@ MAX_ARMS: Final = 40
 Group = frozenset[int]
 
 
-def letters(order: list[int], separated: Iterable[tuple[int, int]]) -> dict[int, str] | None:
+def letters(order: list[int], separated: Iterable[tuple[int, int]]) -> dict[int, str]:
     """Letters of each arm, `a` for the group of the best; `order` lists the arms from the best.
 
-    None if there are too many arms for it.
+    For at most `MAX_ARMS` arms.
 
     Source: Piepho 2004, "An algorithm for a letter-based representation of all-pairwise
     comparisons", Journal of Computational and Graphical Statistics 13(2): insert and absorb.
     """
-    if len(order) > MAX_ARMS:
-        return None
     groups = {frozenset(order)}
     for pair in separated:
         groups = _absorbed(_split(groups, *pair))

@@ -30,7 +30,7 @@ MAX_CELLS: Final = 8_000_000
 
 def recomputed(name: str, columns: Columns) -> float | None:
     """The metric over all examples of one run; None: it cannot be computed from these columns."""
-    scores = _scored(name, [columns], np.ones((1, _count(columns)), dtype=np.int64))
+    scores = scored(name, [columns], np.ones((1, _count(columns)), dtype=np.int64))
     return None if scores is None else float(scores[0, 0])
 
 
@@ -40,7 +40,7 @@ def spread(name: str, runs: Sequence[Columns]) -> Floats | None:
     `runs` are the columns of each run, over the same examples in the same order. None: the metric
     cannot be computed from them. The draws are the same in every call.
     """
-    blocks = [_scored(name, runs, weights) for weights in draws(_count(runs[0]))]
+    blocks = [scored(name, runs, weights) for weights in draws(_count(runs[0]))]
     scores = [block for block in blocks if block is not None]
     if not scores:
         return None
@@ -57,18 +57,18 @@ def draws(count: int) -> Iterator[NDArray[np.int64]]:
         yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
 
 
-def _count(columns: Columns) -> int:
-    return len(columns["label"]) if "label" in columns else len(next(iter(columns.values())))
-
-
-def _scored(name: str, runs: Sequence[Columns], weights: NDArray[np.int64]) -> Floats | None:
-    """Scores (b, R) under `weights` (b, N)."""
+def scored(name: str, runs: Sequence[Columns], weights: NDArray[np.int64]) -> Floats | None:
+    """Scores (b, R) of the runs on resamples in which example n stands `weights[:, n]` times."""
     if name == "spearmanr":
         return np.stack([_spearman(columns, weights) for columns in runs], axis=1)
     metric = metric_of(name, runs[0], _classes(runs))
     if metric is None:
         return None
     return np.concatenate([_of_block(metric, block, weights) for block in _blocks(runs)], axis=1)
+
+
+def _count(columns: Columns) -> int:
+    return len(columns["label"]) if "label" in columns else len(next(iter(columns.values())))
 
 
 def _blocks(runs: Sequence[Columns]) -> Iterator[Sequence[Columns]]:
