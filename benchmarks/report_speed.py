@@ -66,9 +66,7 @@ def write_runs(folder: Path, made: list[RunRecord]) -> None:
         run = folder / f"run{number:04d}"
         run.mkdir()
         predictions = np.where(right, labels, 1 - labels)
-        write_predictions(
-            run / "predictions.parquet", {"label": labels, "prediction": predictions}
-        )
+        write_predictions(run / "predictions.parquet", {"label": labels, "prediction": predictions})
         scores = {"validation": {"accuracy": float(right.mean())}}
         write_record(run / "record.json", record.model_copy(update={"metrics": scores}))
 

@@ -6,7 +6,7 @@ Called by every verb that reads; rich is imported only for a terminal. Results g
 import json
 import sys
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -70,7 +70,7 @@ def _print_drawn(
 
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
-        justify = "right" if number in numbers else "left"
+        justify: Literal["right", "left"] = "right" if number in numbers else "left"
         table.add_column(column, overflow="fold", no_wrap=number == 0, justify=justify)
     for row in rows:
         table.add_row(*(Text(cell, style=STATE_COLOURS.get(cell, "")) for cell in row))

@@ -39,7 +39,10 @@ def charts_of(table: "Table", anchors: Sequence[str]) -> list[Chart]:
 
 
 def short_labels(labels: Sequence[str]) -> list[str]:
-    """Without the words, between underscores, that all of them hold; as they are if one is left bare."""
+    """Without the words, between underscores, that all of them hold.
+
+    As they are if that leaves one bare or two alike.
+    """
     parts = [label.split("_") for label in labels]
     shared = set.intersection(*map(set, parts)) if labels[1:] else set()
     short = ["_".join(part for part in own if part not in shared) for own in parts]
@@ -95,7 +98,11 @@ def _points(
 
 def _curves(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> list[Chart]:
     wanted: list[tuple[str, str, Callable[[dict[str, float], float], float | None]]] = [
-        (f"Held-out {words(table.metric)}", words(table.metric), lambda held, _: held.get(table.metric)),
+        (
+            f"Held-out {words(table.metric)}",
+            words(table.metric),
+            lambda held, _: held.get(table.metric),
+        ),
         ("Training loss", "training loss", lambda _, loss: loss),
     ]
     charts = []

@@ -70,7 +70,7 @@ def differences(arms: Sequence[Arm], shared_machine: set[int]) -> list[Differenc
 
 
 def footnote(number: int) -> str:
-    """a … z, aa … zz."""
+    """A … z, aa … zz."""
     rounds, place = divmod(number, 26)
     return (ascii_lowercase[rounds - 1] if rounds else "") + ascii_lowercase[place]
 

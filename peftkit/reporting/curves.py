@@ -41,14 +41,16 @@ def curves(arms: Sequence[Curve], name: str) -> str:
     y = svg.axis_over(values, HEIGHT - 48, 24)
     means = [_thinned(mean_line(arm.seeds)) for arm in arms]
     parts = [svg.frame(x, y, "optimizer step", name)]
-    parts += [_path(_thinned(s), x, y, "seed", a.place) for a in arms for s in a.seeds if a.seeds[1:]]
+    parts += [
+        _path(_thinned(s), x, y, "seed", a.place) for a in arms for s in a.seeds if a.seeds[1:]
+    ]
     parts += [_arm(arm, mean, x, y) for arm, mean in zip(arms, means, strict=True)]
     parts += _end_labels(arms, labels, means, x, y)
     return svg.drawing(HEIGHT, f"{name} over optimizer steps", "".join(parts))
 
 
 def mean_line(lines: Sequence[Line]) -> Line:
-    """Mean over the lines, at the steps that all of them have; the longest line if there are none."""
+    """Mean over the lines, at the steps that all of them have; without any, the longest line."""
     common = set.intersection(*({step for step, _ in line} for line in lines))
     if not common:
         return max(lines, key=len)
@@ -90,8 +92,11 @@ def _end_labels(
         colour, _ = svg.style_of(arm.place)
         at = x.end + 12
         if abs(row - top) > 4 or at - left > 20:
-            parts.append(f'<path class="leader c{colour}" d="M{left + 7:.1f} {top:.1f}L{at - 2:.1f} {row:.1f}"/>')
-        parts.append(f'<text class="name c{colour}" x="{at:.1f}" y="{row + 4:.1f}">{escape(label)}</text>')
+            line = f"M{left + 7:.1f} {top:.1f}L{at - 2:.1f} {row:.1f}"
+            parts.append(f'<path class="leader c{colour}" d="{line}"/>')
+        parts.append(
+            f'<text class="name c{colour}" x="{at:.1f}" y="{row + 4:.1f}">{escape(label)}</text>'
+        )
     return parts
 
 

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 from peftkit.errors import RunError
 from peftkit.reporting.figures import KINDS, PHASES
 from peftkit.reporting.page import page
-from peftkit.reporting.tables import View, choice_view, memory_view, pair_view, result_view
+from peftkit.reporting.tables import (
+    View,
+    choice_view,
+    memory_view,
+    pair_view,
+    reason_of,
+    result_view,
+)
 from peftkit.reporting.wording import condition_sentence, summary_sentences
 from peftkit.staging import write_file
 
@@ -70,7 +77,9 @@ def json_text(content: dict[str, Any]) -> str:
 def csv_text(comparison: "Comparison") -> str:
     """One line a run, failed ones included."""
     text = io.StringIO()
-    lines = [_csv_line(t, row, run) for t in comparison.tables for row in t.rows for run in _of(row)]
+    lines = [
+        _csv_line(t, row, run) for t in comparison.tables for row in t.rows for run in _of(row)
+    ]
     writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else ["run"])
     writer.writeheader()
     writer.writerows(lines)
@@ -132,8 +141,8 @@ def _arm(row: "Row") -> dict[str, Any]:
         "name": row.arm.name,
         "score": row.score,
         "scores": {str(seed): score for seed, score in row.scores.items()},
-        "seed_interval": row.seed_interval,
-        "interval": row.interval,
+        "seed_interval": row.seed_interval and list(row.seed_interval),
+        "interval": row.interval and list(row.interval),
         "letters": row.letters,
         "in_best_group": row.in_best_group,
         "conditions": list(row.notes),
@@ -170,34 +179,38 @@ def _listed(table: "Table") -> "list[Pair]":
 
 def _pair(pair: "Pair") -> dict[str, Any]:
     return {
-        **{key: value for key, value in vars(pair).items() if key != "mcnemar"},
-        "degrees_of_freedom": pair.degrees_of_freedom if isfinite(pair.degrees_of_freedom) else None,
+        **vars(pair),
+        "interval": list(pair.interval),
+        "degrees_of_freedom": pair.degrees_of_freedom
+        if isfinite(pair.degrees_of_freedom)
+        else None,
         "separated": pair.is_separated,
         "mcnemar": [vars(test) for test in pair.mcnemar],
     }
 
 
 def _json_lines(value: Any, depth: int = 0) -> Iterator[str]:
-    """The outer levels of the document on lines of their own, everything deeper on one line."""
-    pad, is_list = " " * (depth + 1), isinstance(value, list)
-    if depth > 3 or not isinstance(value, dict | list) or not value:
+    """The levels of document, tables, table and arms on lines of their own; the rest on one."""
+    pad = "\n" + " " * (depth + 1)
+    if isinstance(value, dict) and depth in (0, 2):
+        for place, (key, inner) in enumerate(value.items()):
+            yield f"{',' if place else '{'}{pad}{json.dumps(key)}: "
+            yield from _json_lines(inner, depth + 1)
+        yield f"{pad[:-1]}}}"
+    elif isinstance(value, list) and value and depth in (1, 3):
+        for place, inner in enumerate(value):
+            yield f"{',' if place else '['}{pad}"
+            yield from _json_lines(inner, depth + 1)
+        yield f"{pad[:-1]}]"
+    else:
         yield json.dumps(value, ensure_ascii=False, allow_nan=False)
-        return
-    items = [("", item) for item in value] if is_list else list(value.items())
-    yield "[" if is_list else "{"
-    for place, (key, item) in enumerate(items):
-        yield f"{',' if place else ''}\n{pad}"
-        if not is_list:
-            yield f"{json.dumps(key, ensure_ascii=False)}: "
-        yield from _json_lines(item, depth + 1 if depth < 2 or is_list else 4)
-    yield f"\n{pad[1:]}{']' if is_list else '}'}"
 
 
 def _csv_line(table: "Table", row: "Row", run: "Run") -> dict[str, Any]:
     record = run.record
     memory = record.memory if record else {}
     peaks = {
-        f"{phase}_{kind}": getattr(memory[phase], kind) if phase in memory else None  # type: ignore[index]
+        f"{phase}_{kind}": getattr(memory[phase], kind) if phase in memory else None
         for phase in PHASES
         for kind in KINDS
     }
@@ -211,7 +224,7 @@ def _csv_line(table: "Table", row: "Row", run: "Run") -> dict[str, Any]:
         "metric": table.metric,
         "score": None if run in row.arm.superseded else row.scores.get(run.seed),
         **peaks,
-        **{f"{phase}_predicted_bytes": predicted.get(phase) for phase in PHASES},  # type: ignore[call-overload]
+        **{f"{phase}_predicted_bytes": predicted.get(phase) for phase in PHASES},
         **_csv_costs(run),
         "folder": str(run.folder),
         "error": run.error,
@@ -255,7 +268,7 @@ def _conditions(table: "Table") -> list[str]:
 def _failures(table: "Table") -> list[str]:
     lines = [
         f"- {_escaped(row.label)}, seed {run.seed}: {run.status.replace('_', ' ')}: "
-        f"{_escaped(' '.join((run.error or 'no reason was recorded').split()))}"
+        f"{_escaped(reason_of(run))}"
         for row in table.rows
         for run in row.arm.runs
         if not run.is_completed

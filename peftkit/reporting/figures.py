@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from peftkit.reporting.arms import Arm
-from peftkit.reporting.record import RunRecord
+from peftkit.reporting.record import Phase, RunRecord
 
-PHASES: Final = ("load", "train_step", "eval")
+PHASES: Final[tuple[Phase, ...]] = ("load", "train_step", "eval")
 KINDS: Final = ("allocated_bytes", "reserved_bytes", "resident_bytes")
 
 
@@ -94,22 +94,20 @@ def shared_machine(runs: Sequence[RunRecord]) -> set[int]:
     return found
 
 
-def _peak(records: Sequence[RunRecord], phase: str, kind: str) -> int | None:
-    peaks = [r.memory[phase] for r in records if phase in r.memory]  # type: ignore[index]
+def _peak(records: Sequence[RunRecord], phase: Phase, kind: str) -> int | None:
+    peaks = [r.memory[phase] for r in records if phase in r.memory]
     return _largest([getattr(peak, kind) for peak in peaks])
 
 
-def _predicted(records: Sequence[RunRecord], phase: str) -> int | None:
-    return _largest([(r.predicted_allocated_bytes or {}).get(phase) for r in records])  # type: ignore[call-overload]
+def _predicted(records: Sequence[RunRecord], phase: Phase) -> int | None:
+    return _largest([(r.predicted_allocated_bytes or {}).get(phase) for r in records])
 
 
 def _largest(values: Sequence[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def _mean(
-    records: Sequence[RunRecord], value: Callable[[RunRecord], float | None]
-) -> float | None:
+def _mean(records: Sequence[RunRecord], value: Callable[[RunRecord], float | None]) -> float | None:
     found = [v for record in records if (v := value(record)) is not None]
     return sum(found) / len(found) if found else None
 

@@ -4,7 +4,7 @@ Called by the charts; imports the drawing. The peaks of the phases are stacked i
 height, so that each part is what its phase adds to the phases below it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -24,7 +24,7 @@ class Bar:
     place: int
     anchor: str
     label: str
-    peaks: dict[str, int]
+    peaks: Mapping[str, int]
     predicted: int | None
 
 
@@ -39,12 +39,14 @@ def memory_bars(bars: Sequence[Bar]) -> str:
         parts.append(f'<path d="M{at:.1f} {TOP}V{bottom}"/>')
         parts.append(f'<text x="{at:.1f}" y="{bottom + 15}" class="m">{text}</text>')
     middle = (x.start + x.end) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{bottom + 33}" class="m">peak of live tensors, MiB</text></g>')
+    parts.append(
+        f'<text x="{middle:.0f}" y="{bottom + 33}" class="m">peak of live tensors, MiB</text></g>'
+    )
     parts += [_bar(bar, TOP + ROW * row, x) for row, bar in enumerate(bars)]
     return svg.drawing(bottom + 38, "Memory peaks by phase", "".join(parts))
 
 
-def parts_of(peaks: dict[str, int]) -> list[tuple[str, int, int]]:
+def parts_of(peaks: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """(phase, from, to) in bytes, from the lowest peak to the highest; empty parts left out."""
     found, below = [], 0
     for phase, peak in sorted(peaks.items(), key=lambda item: item[1]):

@@ -1,7 +1,7 @@
 """The comparison as one HTML file that needs no network and, but for sorting, no script.
 
-Called by the documents; imports the charts, the tables and the wording. Texts of runs reach the page
-only through the template's escaping, or through `html.escape` in the drawings.
+Called by the documents; imports the charts, the tables and the wording. Texts of runs reach the
+page only through the template's escaping, or through `html.escape` in the drawings.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,14 @@ from peftkit.reporting import svg
 from peftkit.reporting.charts import Chart, charts_of
 from peftkit.reporting.figure_text import number, plural, score, words
 from peftkit.reporting.repeating import commands, common_part, own_part, recipe_yaml
-from peftkit.reporting.tables import View, choice_view, memory_view, pair_view, result_view
+from peftkit.reporting.tables import (
+    View,
+    choice_view,
+    memory_view,
+    pair_view,
+    reason_of,
+    result_view,
+)
 from peftkit.reporting.wording import (
     SAMPLE_SENTENCE,
     ConditionGroup,
@@ -132,7 +139,7 @@ def _part(table: "Table", number: int) -> TablePart:
         ],
         common_recipe="".join(f"{k}: {v}\n" for k, v in common.items()),
         failures=[
-            (row.label, run.seed, run.status.replace("_", " "), _reason(run))
+            (row.label, run.seed, run.status.replace("_", " "), reason_of(run))
             for row in table.rows
             for run in row.arm.runs
             if not run.is_completed
@@ -176,7 +183,3 @@ def _run_cells(run: "Run", row: "Row") -> tuple[str, ...]:
         (record.delta if record else None) or "–",
         str(run.folder),
     )
-
-
-def _reason(run: "Run") -> str:
-    return " ".join((run.error or "no reason was recorded").split())

@@ -49,7 +49,8 @@ class Pair:
 @dataclass(frozen=True)
 class McNemars:
     """What the tests between single runs need: for each arm its seeds and the places of their
-    runs in `only` (R, R), which is that of `statistics.only_right`."""
+    runs in `only` (R, R), which is that of `statistics.only_right`.
+    """
 
     places: list[dict[int, int]]
     only: NDArray[np.integer]
@@ -57,7 +58,9 @@ class McNemars:
     def between(self, a: int, b: int) -> tuple[McNemar, ...]:
         """Of two arms, by seed."""
         shared = sorted(self.places[a].keys() & self.places[b].keys())
-        return tuple(self._test(seed, self.places[a][seed], self.places[b][seed]) for seed in shared)
+        return tuple(
+            self._test(seed, self.places[a][seed], self.places[b][seed]) for seed in shared
+        )
 
     def _test(self, seed: int, i: int, j: int) -> McNemar:
         only_a, only_b = int(self.only[i, j]), int(self.only[j, i])

@@ -115,7 +115,9 @@ def _labels(
     at = {p.anchor: (x.at(p.cost), y.at(p.score)) for p in points}
     taken = [svg.Box(left - 7, top - 7, left + 7, top + 7) for left, top in at.values()]
     soft += [
-        svg.Box(at[p.anchor][0] - 2, y.at(p.interval.high), at[p.anchor][0] + 2, y.at(p.interval.low))
+        svg.Box(
+            at[p.anchor][0] - 2, y.at(p.interval.high), at[p.anchor][0] + 2, y.at(p.interval.low)
+        )
         for p in labelled
         if p.interval
     ]
@@ -128,5 +130,7 @@ def _labels(
             taken.append(box)
             colour, _ = svg.style_of(point.place)
             text = escape(point.label)
-            parts.append(f'<text class="name c{colour}" x="{left:.1f}" y="{base:.1f}">{text}</text>')
+            parts.append(
+                f'<text class="name c{colour}" x="{left:.1f}" y="{base:.1f}">{text}</text>'
+            )
     return parts

@@ -79,11 +79,11 @@ def weighted_correlation(x: Floats, y: Floats, weights: NDArray[np.integer]) -> 
 
 def _ratio(above: Floats, below: Floats, *, empty: float = 0.0) -> Floats:
     filled = np.full(np.shape(below), empty)
-    return np.divide(above, below, out=filled, where=np.asarray(below) > 0)
+    return np.asarray(np.divide(above, below, out=filled, where=np.asarray(below) > 0))
 
 
 def _mean(sums: Floats, count: int) -> Floats:
-    return sums[..., 0] / count
+    return np.asarray(sums[..., 0] / count)
 
 
 def _class_one_parts(columns: Columns) -> Floats:
@@ -116,7 +116,7 @@ def _by_class(sums: Floats) -> list[Floats]:
 def _f1_macro(sums: Floats, count: int) -> Floats:
     hits, said, true = _by_class(sums)
     occurs = said + true > 0
-    return _ratio(2 * hits, said + true).sum(axis=-1) / occurs.sum(axis=-1)
+    return np.asarray(_ratio(2 * hits, said + true).sum(axis=-1) / occurs.sum(axis=-1))
 
 
 def _matthews(sums: Floats, count: int) -> Floats:
@@ -149,7 +149,7 @@ def _pearson(sums: Floats, count: int) -> Floats:
 def _error_parts(power: int) -> Callable[[Columns], Floats]:
     def parts(columns: Columns) -> Floats:
         off = columns["prediction"].astype(float) - columns["label"].astype(float)
-        return (np.abs(off) ** power)[:, None]
+        return np.asarray(np.abs(off) ** power)[:, None]
 
     return parts
 

@@ -14,16 +14,17 @@ and the variance of an arm's mean, or of the difference of two, has three parts:
   Thousands of examples make it well known.
 - *interaction*, the part of it that each seed brings anew: the variance of single runs against that
   of their mean, under the same draws. Well known too.
-- *seeds*: from the scores of the S seeds, with S - 1 degrees of freedom; it holds the interaction as
-  well, so it counts for at least that much, and the bootstrap's share of it is taken off once.
+- *seeds*: from the scores of the S seeds, with S - 1 degrees of freedom; it holds the interaction
+  as well, so it counts for at least that much, and the bootstrap's share of it is taken off once.
 
     V = sum over the two arms of max(seeds, interaction) + max(examples - interactions, 0)
 
-The statistic, difference / sqrt(V), is held against t with Satterthwaite's degrees of freedom. Three
-seeds resampled with replacement, the plain nested bootstrap, would show two thirds of their variance
-((S - 1) / S) and no tail beyond their range; examples alone would leave the seeds out. Both reject
-equal methods far too often, see docs/statistics.md. Seeds of two arms are not paired: a seed draws
-other numbers for another method, and where they do agree that only makes the test careful.
+The statistic, difference / sqrt(V), is held against t with Satterthwaite's degrees of freedom.
+Three seeds resampled with replacement, the plain nested bootstrap, would show two thirds of their
+variance ((S - 1) / S) and no tail beyond their range; examples alone would leave the seeds out.
+Both tell equal methods apart far too often, see docs/statistics.md. Seeds of two arms are not
+paired: a seed draws other numbers for another method, and where they do agree that only makes the
+test careful.
 
 Source: Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2) (crossed draws);
 Satterthwaite 1946, "An approximate distribution of estimates of variance components", Biometrics
@@ -55,7 +56,8 @@ class Interval(NamedTuple):
 @dataclass(frozen=True)
 class Sample:
     """Scores of one table: `scores` (R,), their covariance over examples `spread` (R, R), and
-    `arm` (R,), the arm of each run as 0 … A - 1."""
+    `arm` (R,), the arm of each run as 0 … A - 1.
+    """
 
     scores: Floats
     spread: Floats
@@ -65,7 +67,8 @@ class Sample:
 @dataclass(frozen=True)
 class Components:
     """Means of the arms (A,) and the parts of their variance: `seeds` and `interaction` (A,), NaN
-    for an arm with one seed, and the covariance over examples of the means, `examples` (A, A)."""
+    for an arm with one seed, and the covariance over examples of the means, `examples` (A, A).
+    """
 
     means: Floats
     counts: NDArray[np.integer]
@@ -182,13 +185,14 @@ def holm(p: Floats) -> Floats:
 
 def only_right(right: NDArray[np.bool_]) -> NDArray[np.integer]:
     """How many examples the row's run answers rightly and the column's does not, (R, R), from
-    `right` (R, N)."""
+    `right` (R, N).
+    """
     # Counts far below 2^24 are exact in float32, and its product is that of a BLAS.
     return (right.astype(np.float32) @ (~right).astype(np.float32).T).astype(np.int64)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """p value of McNemar's exact test: of the examples that one run of two answers rightly.
+    """P value of McNemar's exact test: of the examples that one run of two answers rightly.
 
     About two trained models; seeds are no part of it. Equal to statsmodels' `mcnemar(exact=True)`.
     """
@@ -223,7 +227,8 @@ def _seed_part(parts: Components) -> tuple[Floats, Floats]:
 
 
 def _satterthwaite(variance: Floats, below: Floats) -> Floats:
-    return np.divide(variance**2, below, out=np.full_like(variance, np.inf), where=below > 0)
+    filled = np.full_like(variance, np.inf)
+    return np.asarray(np.divide(variance**2, below, out=filled, where=below > 0))
 
 
 def _detectable(error: Floats, freedom: Floats) -> Floats:
@@ -231,4 +236,4 @@ def _detectable(error: Floats, freedom: Floats) -> Floats:
     from scipy import special
 
     strictest = special.stdtrit(freedom, 1 - LEVEL / (2 * len(error)))
-    return (strictest + special.stdtrit(freedom, POWER)) * error
+    return np.asarray((strictest + special.stdtrit(freedom, POWER)) * error)

@@ -93,7 +93,7 @@ def axis_over(values: Sequence[float], start: float, end: float, *, log_from: fl
 
 
 def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> str:
-    """Grid lines, tick labels and titles: the horizontal axis below, the vertical one at the left."""
+    """Grid lines, tick labels and titles: one axis below, the other at the left."""
     parts = ['<g class="axes">']
     for value, text in y.labelled_ticks():
         at = y.at(value)
@@ -105,7 +105,9 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> str:
         parts.append(f'<text x="{at:.1f}" y="{y.start + 17:.0f}" class="m">{text}</text>')
     parts.append(f'<path class="base" d="M{x.start:.0f} {y.start:.0f}H{x.end:.0f}"/>')
     middle = (x.start + x.end) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{y.start + 35:.0f}" class="m">{escape(x_title)}</text>')
+    parts.append(
+        f'<text x="{middle:.0f}" y="{y.start + 35:.0f}" class="m">{escape(x_title)}</text>'
+    )
     parts.append(f'<text x="2" y="12">{escape(y_title)}</text></g>')
     return "".join(parts)
 
@@ -167,7 +169,12 @@ def _places(at: tuple[float, float], width: float) -> list[tuple[float, float]]:
     for far in (0, 8, 18, 30):
         near, up = 10 + far, LINE_HEIGHT * 0.9 + far
         found += [(x + near, y), (x - near - width, y)]
-        found += [(x + 6, y - up), (x + 6, y + up), (x - width - 6, y - up), (x - width - 6, y + up)]
+        found += [
+            (x + 6, y - up),
+            (x + 6, y + up),
+            (x - width - 6, y - up),
+            (x - width - 6, y + up),
+        ]
         found += [(x - width / 2, y - up), (x - width / 2, y + up)]
     return found
 

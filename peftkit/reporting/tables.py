@@ -22,9 +22,11 @@ from peftkit.reporting.figure_text import (
 )
 
 if TYPE_CHECKING:
+    from peftkit.reporting.gathering import Run
     from peftkit.reporting.pairs import McNemar, Pair
     from peftkit.reporting.results import Row, Table
 
+MAX_REASON: Final = 100
 PHASE_WORDS: Final = {"load": "load", "train_step": "train", "eval": "eval"}
 KIND_WORDS: Final = {
     "allocated_bytes": "allocated",
@@ -61,7 +63,16 @@ def result_view(table: "Table") -> View:
 
 def short_view(table: "Table") -> View:
     """What fits the width of a terminal."""
-    wanted = ("method", "group", words(table.metric), "seeds", "train peak", "train s", "delta", "status")
+    wanted = (
+        "method",
+        "group",
+        words(table.metric),
+        "seeds",
+        "train peak",
+        "train s",
+        "delta",
+        "status",
+    )
     both = "95% seeds + examples"
     columns = [c for c in _result_columns(table) if c.header.startswith((*wanted, both))]
     return _view("results", [c for c in columns if "resident" not in c.header], table.rows)
@@ -122,11 +133,22 @@ def marked_label(row: "Row") -> str:
 
 
 def status_text(row: "Row") -> str:
-    """`completed`, or how many seeds ended how."""
+    """`completed`, or how many seeds ended how, with the first reason of those that failed."""
     statuses = row.figures.statuses
-    if len(statuses) == 1:
-        return next(iter(statuses)).replace("_", " ")
-    return ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in statuses.items())
+    words = [status.replace("_", " ") for status in statuses]
+    if len(statuses) > 1:
+        words = [f"{n} {word}" for n, word in zip(statuses.values(), words, strict=True)]
+    reasons = [reason_of(run) for run in row.arm.runs if not run.is_completed]
+    if not reasons:
+        return ", ".join(words)
+    shown = reasons[0]
+    cut = f"{shown[: MAX_REASON - 1]}…" if len(shown) > MAX_REASON else shown
+    return f"{', '.join(words)}: {cut}"
+
+
+def reason_of(run: "Run") -> str:
+    """Why a run was not completed, on one line."""
+    return " ".join((run.error or "no reason was recorded").split())
 
 
 def _view(name: str, columns: "Sequence[_Column]", rows: "Sequence[Row]") -> View:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftkit.reporting.figure_text import interval, listed, mib, plural, probability, score, words
-
 from peftkit.reporting.statistics import LEVEL
 
 if TYPE_CHECKING:
@@ -83,7 +82,9 @@ def _verdict(table: "Table", tested: list["Row"]) -> str:
     best = tested[0]
     shown = f"{best.label} has the best mean {words(table.metric)}, {score(best.score)}"
     if len(tested) == 1:
-        return f"{shown} (95% interval {interval(best.interval)}); there is nothing to compare it to."
+        return (
+            f"{shown} (95% interval {interval(best.interval)}); there is nothing to compare it to."
+        )
     group = [row.label for row in tested if row.in_best_group]
     behind = [row.label for row in tested if not row.in_best_group]
     if not behind:
@@ -134,7 +135,8 @@ def _nearest(table: "Table") -> str:
     if not unclear:
         return ""
     adjusted, _, label = min(unclear)
-    return f" Clearest among those not told apart from the best: {label}, adjusted p {probability(adjusted)}."
+    shown = f"{label}, adjusted p {probability(adjusted)}"
+    return f" Clearest among those not told apart from the best: {shown}."
 
 
 def _one_seed(tested: list["Row"]) -> list[str]:
@@ -153,8 +155,8 @@ def _untested(table: "Table") -> list[str]:
         return ["No run was completed, so there is no score."]
     best = scored[0]
     return [
-        f"{best.label} has the best mean {words(table.metric)}, {score(best.score)}; without per-example "
-        "predictions that can be used, nothing is tested."
+        f"{best.label} has the best mean {words(table.metric)}, {score(best.score)}; without "
+        "per-example predictions that can be used, nothing is tested."
     ]
 
 
@@ -167,4 +169,3 @@ def _unfinished(table: "Table") -> list[str]:
             words = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in bad.items())
             found.append(f"{row.label} ({words})")
     return [f"Not completed: {listed(found)}."] if found else []
-

@@ -119,7 +119,7 @@ def right_share(share, seed):
     rng = np.random.default_rng([1, seed])
     hardness = np.random.default_rng(2).normal(size=len(LABELS))
     noisy = hardness + rng.normal(scale=0.4, size=len(LABELS))
-    return noisy < np.quantile(noisy, share)
+    return noisy < np.quantile(hardness, share) * np.sqrt(1 + 0.4**2)
 
 
 def write_arm(root, name, share, *, seeds=(0, 1, 2), recipe=None, **changes):
