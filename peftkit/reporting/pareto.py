@@ -3,6 +3,7 @@
 Called by the charts; imports the drawing. Every point is a link to its arm's section.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,7 @@ from peftkit.reporting import svg
 from peftkit.reporting.statistics import Interval
 
 HEIGHT: Final = 310
+FAR: Final = 14
 MAX_WITH_BARS: Final = 60
 """With more points only those of the front have interval bars and labels."""
 
@@ -129,8 +131,18 @@ def _labels(
             left, base, box = found
             taken.append(box)
             colour, _ = svg.style_of(point.place)
+            parts.append(_leader(at[point.anchor], box, colour))
             text = escape(point.label)
             parts.append(
                 f'<text class="name c{colour}" x="{left:.1f}" y="{base:.1f}">{text}</text>'
             )
     return parts
+
+
+def _leader(mark: tuple[float, float], box: svg.Box, colour: int) -> str:
+    """A line to a label that stands too far from its point to be taken for its name."""
+    x = min(max(mark[0], box.left), box.right)
+    y = min(max(mark[1], box.top), box.bottom)
+    if math.dist(mark, (x, y)) <= FAR:
+        return ""
+    return f'<path class="leader c{colour}" d="M{mark[0]:.1f} {mark[1]:.1f}L{x:.1f} {y:.1f}"/>'
