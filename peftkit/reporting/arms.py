@@ -62,7 +62,7 @@ def tables_of(runs: Sequence[Run], problems: list[Problem]) -> list[ArmTable]:
             lost.append(run)
         else:
             placed[key].append(run)
-    homes = _Homes(placed)
+    homes = _Homes(placed if lost else {})
     for run in lost:
         placed[homes.of(run)].append(run)
     return [
@@ -136,8 +136,9 @@ def _arms(runs: Sequence[Run], problems: list[Problem]) -> tuple[Arm, ...]:
     names: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         if run.recipe is not None:
-            grouped[_identity(run)].append(run)
-            names[run.name].add(_identity(run))
+            identity = _identity(run)
+            grouped[identity].append(run)
+            names[run.name].add(identity)
     for run in runs:
         if run.recipe is None:  # joins the one arm of its name
             same = names[run.name]

@@ -135,7 +135,7 @@ def _memory(table: "Table", anchors: Sequence[str]) -> list[Chart]:
     bars = []
     for place, row in enumerate(table.rows):
         measured = {phase: row.figures.memory[phase]["allocated_bytes"] for phase in PHASES}
-        peaks = {phase: peak for phase, peak in measured.items() if peak}
+        peaks = {str(phase): peak for phase, peak in measured.items() if peak}
         if peaks:
             predicted = row.figures.predicted["train_step"]
             bars.append(Bar(place, anchors[place], row.label, peaks, predicted))

@@ -6,7 +6,7 @@ throughputs the mean. None: no run of the arm has the figure.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from peftkit.reporting.arms import Arm
@@ -50,7 +50,7 @@ class Figures:
     def as_json(self) -> dict[str, Any]:
         """All fields and the two that are computed."""
         computed = {"peak_bytes": self.peak_bytes, "prediction_error": self.prediction_error}
-        return asdict(self) | computed
+        return vars(self) | computed
 
 
 def figures_of(arm: Arm, price_per_hour: float | None) -> Figures:

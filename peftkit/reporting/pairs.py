@@ -121,11 +121,12 @@ class Pairs:
         tests = self.tests
         assert tests is not None
         a, b = int(tests.a[place]), int(tests.b[place])
+        difference, half = float(tests.difference[place]), float(tests.half_width[place])
         return Pair(
             a=self.labels[a],
             b=self.labels[b],
-            difference=float(tests.difference[place]),
-            interval=Interval(float(tests.low[place]), float(tests.high[place])),
+            difference=difference,
+            interval=Interval(difference - half, difference + half),
             standard_error=float(tests.standard_error[place]),
             degrees_of_freedom=float(tests.degrees_of_freedom[place]),
             p=float(tests.p[place]),

@@ -91,8 +91,8 @@ class Tests:
     """Holm's, over all pairs of the table."""
     detectable: Floats
     """The smallest true difference that would be found in 4 of 5 such comparisons."""
-    low: Floats
-    high: Floats
+    half_width: Floats
+    """Of the 95% interval of the difference."""
     covers_seeds: NDArray[np.bool_]
     """False: an arm has one seed, and the test speaks of these trained models only."""
 
@@ -152,7 +152,7 @@ def pair_tests(parts: Components, examples: int) -> Tests:
     error = np.sqrt(variance)
     statistic = np.divide(np.abs(difference), error, out=np.zeros_like(error), where=error > 0)
     p = 2 * special.stdtr(freedom, -statistic)
-    half = special.stdtrit(freedom, 1 - LEVEL / 2) * error
+    half = _quantile(freedom, 1 - LEVEL / 2) * error
     return Tests(
         a=a,
         b=b,
@@ -162,8 +162,7 @@ def pair_tests(parts: Components, examples: int) -> Tests:
         p=p,
         p_adjusted=holm(p),
         detectable=_detectable(error, freedom),
-        low=difference - half,
-        high=difference + half,
+        half_width=half,
         covers_seeds=covers_seeds,
     )
 
@@ -233,7 +232,15 @@ def _satterthwaite(variance: Floats, below: Floats) -> Floats:
 
 def _detectable(error: Floats, freedom: Floats) -> Floats:
     """At Holm's strictest step, which is the level over the number of pairs."""
+    strictest = _quantile(freedom, 1 - LEVEL / (2 * len(error)))
+    return np.asarray((strictest + _quantile(freedom, POWER)) * error)
+
+
+def _quantile(freedom: Floats, level: float) -> Floats:
+    """Student's t. Pairs of arms with one seed have one number of degrees of freedom, but for
+    rounding: it is looked up once.
+    """
     from scipy import special
 
-    strictest = special.stdtrit(freedom, 1 - LEVEL / (2 * len(error)))
-    return np.asarray((strictest + special.stdtrit(freedom, POWER)) * error)
+    distinct, place = np.unique(freedom.round(6), return_inverse=True)
+    return np.asarray(special.stdtrit(distinct, level)[place])

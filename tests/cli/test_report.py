@@ -9,7 +9,6 @@ from made_runs import record_of, write_arm, write_run
 from peftkit.cli import main
 from peftkit.reporting.record import read_record, write_record
 
-
 RECORDS = 1000
 PAGE_BYTES = 2_000_000
 

@@ -110,7 +110,7 @@ def test_a_condition_that_differs_is_named_and_the_row_marked(two_arms, name, ch
     if "recipe" in changes:
         changes["recipe"] = recipe_of("top", **changes["recipe"])
     if "digests" in changes:
-        whole = {k: DIGEST for k in ("base", "data_train", "data_validation", "recipe")}
+        whole = dict.fromkeys(("base", "data_train", "data_validation", "recipe"), DIGEST)
         changes["digests"] = whole | changes["digests"]
     write_arm(two_arms, "top", 0.9, **changes)
     table = only_table(two_arms)
@@ -132,7 +132,7 @@ def test_what_is_compared_is_no_condition(two_arms):
 def test_training_data_may_hang_on_the_seed(tmp_path):
     for name in ("lora", "full"):
         for seed, letter in ((0, "b"), (1, "c")):
-            digests = {k: DIGEST for k in ("base", "data_validation", "recipe")}
+            digests = dict.fromkeys(("base", "data_validation", "recipe"), DIGEST)
             record = record_of(name, seed, digests=digests | {"data_train": digest(letter)})
             write_run(tmp_path / f"{name}{seed}", record, right_share(0.9, seed))
     assert condition(only_table(tmp_path), "training data") is None
