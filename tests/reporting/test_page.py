@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 from made_runs import record_of, right_share, write_arm, write_run
 
+import peftkit
+from peftkit import yaml_source
+from peftkit.recipe import load_recipe
 from peftkit.reporting.comparison import compare, write_comparison
 from peftkit.reporting.page import page
+from peftkit.reporting.repeating import recipe_yaml
 
 CHROMIUM = Path("/usr/bin/chromium")
 SCRIPT = "<script>alert(1)</script>"
@@ -199,3 +203,13 @@ def test_a_page_of_nothing_says_so(tmp_path):
     text = page(compare([tmp_path]))
     assert "No run could be read." in text
     assert f"{tmp_path}: no record.json at or below it" in text
+
+
+def test_the_recipe_on_the_page_is_the_one_that_ran():
+    """Every shipped recipe, written as the page writes it, reads back as it was."""
+    root = Path(peftkit.__file__).parent.parent / "recipes"
+    for path in sorted(root.glob("*.yaml")):
+        resolved = load_recipe(path).resolved()
+        text = recipe_yaml(resolved)
+        kept = {k: v for k, v in resolved.items() if k not in ("seed", "output_dir")}
+        assert yaml_source.parse(text, path.name).value == kept
