@@ -17,6 +17,7 @@ from peftkit.cli import (
     plugins,
     recipes,
     remotes,
+    report,
     run,
     scoring,
     shipped,
@@ -40,6 +41,7 @@ def build_app() -> typer.Typer:
     plan.add_to(app)
     recipes.add_to(app)
     shipped.add_to(app)
+    report.add_to(app)
     scoring.add_to(app)
     merge.add_to(app)
     extract.add_to(app)

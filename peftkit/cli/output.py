@@ -5,8 +5,8 @@ Called by every verb that reads; rich is imported only for a terminal. Results g
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,12 +26,17 @@ def print_json(data: Any) -> None:
         print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows under their column names; a pipe gets aligned text, uncut and without colour."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Collection[int] = ()
+) -> None:
+    """Rows under their column names; a pipe gets aligned text, uncut and without colour.
+
+    `numbers` are the places of columns that are set to the right.
+    """
     if sys.stdout.isatty():
-        _print_drawn(columns, rows)
+        _print_drawn(columns, rows, numbers)
     else:
-        print("\n".join(_aligned([columns, *rows])))
+        print("\n".join(_aligned([columns, *rows], numbers)))
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
@@ -44,15 +49,20 @@ def note(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [">" if place in numbers else "<" for place in range(len(widths))]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
 
 
-def _print_drawn(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_drawn(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int]
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -60,7 +70,8 @@ def _print_drawn(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number == 0)
+        justify: Literal["right", "left"] = "right" if number in numbers else "left"
+        table.add_column(column, overflow="fold", no_wrap=number == 0, justify=justify)
     for row in rows:
         table.add_row(*(Text(cell, style=STATE_COLOURS.get(cell, "")) for cell in row))
     Console().print(table)

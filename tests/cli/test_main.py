@@ -18,6 +18,7 @@ VERBS = [
     "show",
     "ls",
     "cp",
+    "report",
     "evaluate",
     "predict",
     "doctor",

@@ -1,0 +1,88 @@
+"""The per-example answers of a table's runs, read and checked against what the records say.
+
+Called by the comparison; imports the metrics. Only answers that give the recorded score again are
+used: a file of another run, or a metric that cannot be recomputed, must not decide a test.
+"""
+
+import math
+
+import numpy as np
+
+from peftkit.errors import RunError
+from peftkit.reporting.arms import ArmTable
+from peftkit.reporting.gathering import Problem, Run
+from peftkit.reporting.predictions import read_predictions
+from peftkit.reporting.resampling import recomputed
+from peftkit.reporting.scores import Columns
+
+TOLERANCE = 1e-4
+"""Scores are ratios of counts; a loss is summed in float32."""
+
+Answers = dict[int, Columns]
+"""`id(run)` → its columns, each (N,)."""
+
+
+def recorded_score(run: Run, metric: str) -> float | None:
+    """The validation score that the record holds; None: none, or not finite."""
+    scores = run.record.metrics.get("validation", {}) if run.record else {}
+    score = scores.get(metric, math.nan)
+    return score if math.isfinite(score) else None
+
+
+def answers_of(table: ArmTable, problems: list[Problem]) -> Answers:
+    """Columns of every completed run whose file can be read and agrees; a line for each other."""
+    found: Answers = {}
+    first: Columns | None = None
+    for run in (run for arm in table.arms for run in arm.completed):
+        columns = _read(run, problems)
+        if columns is None:
+            continue
+        first = first or columns
+        if reason := _disagreement(run, table.metric, columns, first):
+            problems.append(_left_out(run, reason))
+        else:
+            found[id(run)] = columns
+    return found
+
+
+def example_count(columns: Columns) -> int:
+    """Rows of one run's columns."""
+    return len(next(iter(columns.values())))
+
+
+def _read(run: Run, problems: list[Problem]) -> Columns | None:
+    assert run.record
+    if run.record.predictions is None:
+        problems.append(_left_out(run, "has no predictions"))
+        return None
+    try:
+        return read_predictions(run.folder / run.record.predictions)
+    except RunError as error:
+        where, _, text = error.problems[0].partition(": ")
+        problems.append(Problem(where, f"{text}; its run is in no test, its score is shown"))
+        return None
+
+
+def _left_out(run: Run, reason: str) -> Problem:
+    return Problem(str(run.folder), f"{reason}; it is in no test", is_unreadable=False)
+
+
+def _disagreement(run: Run, metric: str, columns: Columns, first: Columns) -> str | None:
+    """Why these answers cannot be tested against the others; None: they can."""
+    recorded = recorded_score(run, metric)
+    if recorded is None:
+        return f"its {metric} on validation is missing or not finite"
+    if not _same_examples(columns, first):
+        return "its labels are not those of the other runs on this data"
+    found = recomputed(metric, columns)
+    if found is None:
+        return f"{metric} cannot be recomputed from its predictions"
+    if not abs(found - recorded) <= TOLERANCE * max(1.0, abs(recorded)):
+        return f"its predictions give {metric} {found:.4f}, its record says {recorded:.4f}"
+    return None
+
+
+def _same_examples(columns: Columns, first: Columns) -> bool:
+    if "label" in columns and "label" in first:
+        return bool(np.array_equal(columns["label"], first["label"]))
+    return example_count(columns) == example_count(first)

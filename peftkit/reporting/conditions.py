@@ -1,0 +1,200 @@
+"""What differs between the arms of a table besides what is compared: the fairness notes.
+
+Called by the comparison; imports the arms. The method's section and the learning rate are meant to
+differ. Every other key of the recipe, and everything around the run, is a condition.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any, Final
+
+from peftkit.reporting.arms import Arm, flat
+from peftkit.reporting.gathering import Run
+from peftkit.reporting.record import RunRecord
+
+MEANT_TO_DIFFER: Final = ("method.", "training.learning_rate", "name", "seed", "output_dir")
+"""Keys of the recipe that begin so are what is compared; so does `learning_rates_tried`, whose
+count is a condition of its own."""
+
+WORDS: Final = {
+    "training.num_train_epochs": "epochs",
+    "training.max_steps": "maximum of optimizer steps",
+    "training.per_device_train_batch_size": "examples in a forward pass of training",
+    "training.per_device_eval_batch_size": "examples in a forward pass of evaluation",
+    "training.gradient_accumulation_steps": "accumulation steps",
+    "training.gradient_checkpointing": "activation checkpointing",
+    "training.mixed_precision": "precision asked for",
+    "training.eval_steps": "steps between evaluations",
+    "training.metric_for_best_model": "metric that picks the checkpoint",
+    "training.lr_scheduler_type": "learning rate schedule",
+    "training.warmup_steps": "warm-up",
+    "training.optimizer": "optimizer",
+    "training.weight_decay": "weight decay",
+    "task.holdout_fraction": "share of train that is held out",
+    "task.max_train_examples": "maximum of training examples",
+    "task.max_length": "maximum length in tokens",
+    "task.metrics": "metrics",
+    "base.name": "base model",
+}
+DIGEST_DIGITS: Final = 8
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One condition that is not the same for all arms."""
+
+    letter: str
+    condition: str
+    values: dict[str, list[str]]
+    """Value in words → labels of the arms with it, the most common value first."""
+    marked: list[str]
+    """Labels of the arms that do not have the most common value; all, if none is most common."""
+
+
+def differences(arms: Sequence[Arm], shared_machine: set[int]) -> list[Difference]:
+    """Conditions that differ between `arms`, or between the seeds of one of them.
+
+    `shared_machine` holds `id(run.record)` of runs beside which another ran on the same machine.
+    """
+    found = [
+        (condition, values)
+        for condition, values in _conditions(arms, shared_machine)
+        if len(set(values.values())) > 1
+    ]
+    return [
+        _difference(footnote(number), condition, values)
+        for number, (condition, values) in enumerate(found)
+    ]
+
+
+def footnote(number: int) -> str:
+    """A … z, aa … zz."""
+    rounds, place = divmod(number, 26)
+    return (ascii_lowercase[rounds - 1] if rounds else "") + ascii_lowercase[place]
+
+
+def effective_batch(run: Run) -> int | None:
+    """Examples in one optimizer step, over all accumulation steps and processes."""
+    training = (run.recipe or {}).get("training", {})
+    sizes = [
+        training.get(f"{key}")
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    ]
+    if run.record is None or not all(isinstance(size, int) for size in sizes):
+        return None
+    return int(sizes[0] * sizes[1] * run.record.processes)
+
+
+def _difference(letter: str, condition: str, values: dict[str, str]) -> Difference:
+    by_value: dict[str, list[str]] = defaultdict(list)
+    for label, value in values.items():
+        by_value[value].append(label)
+    ranked = sorted(by_value, key=lambda value: -len(by_value[value]))
+    first, second = (len(by_value[value]) for value in ranked[:2])
+    common = ranked[0] if first > second else None
+    marked = [label for label, value in values.items() if value != common]
+    return Difference(letter, condition, {value: by_value[value] for value in ranked}, marked)
+
+
+def _conditions(
+    arms: Sequence[Arm], shared_machine: set[int]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Condition → label → value in words; arms that cannot tell are left out."""
+    yield "seeds", {arm.label: ", ".join(str(run.seed) for run in arm.runs) for arm in arms}
+    yield "training data", _training_data(arms)
+    for condition, value in _of_a_run(shared_machine).items():
+        yield condition, _by_label(arms, value)
+    recorded = [run.record for arm in arms for run in arm.runs if run.record]
+    for library in sorted({name for record in recorded for name in record.libraries}):
+        yield f"version of {library}", _by_label(arms, _version(library))
+    for key in _recipe_keys(arms):
+        yield WORDS.get(key, key), _by_label(arms, _key(key), needs_record=False)
+
+
+def _by_label(
+    arms: Sequence[Arm], value: Callable[[Run], Any], *, needs_record: bool = True
+) -> dict[str, str]:
+    """The distinct values of an arm's runs, in words; arms whose runs have none are left out."""
+    found = {}
+    for arm in arms:
+        runs = [run for run in arm.runs if run.record] if needs_record else arm.runs
+        values = [value(run) for run in runs if needs_record or run.recipe is not None]
+        if shown := sorted({_worded(v) for v in values}):
+            found[arm.label] = " and ".join(shown)
+    return found
+
+
+def _of_a_run(shared_machine: set[int]) -> dict[str, Callable[[Run], Any]]:
+    def of(read: Callable[[RunRecord], Any]) -> Callable[[Run], Any]:
+        return lambda run: read(run.record) if run.record else None
+
+    return {
+        "sample data": of(lambda record: record.stand_in),
+        "effective batch": effective_batch,
+        "precision": of(lambda record: record.mixed_precision),
+        "number of learning rates tried": of(lambda record: len(record.learning_rates_tried)),
+        "base weights": of(lambda record: _short(record.digests.base)),
+        "device": of(lambda record: record.device),
+        "processes": of(lambda record: record.processes),
+        "distribution": of(lambda record: record.distributed_type),
+        "resumed": of(lambda record: record.resumed_after_step is not None),
+        "another run at the same time": lambda run: id(run.record) in shared_machine,
+        "commit": of(_commit),
+    }
+
+
+def _version(library: str) -> Callable[[Run], Any]:
+    return lambda run: run.record.libraries.get(library, "absent") if run.record else None
+
+
+def _key(key: str) -> Callable[[Run], Any]:
+    return lambda run: flat(run.recipe or {}).get(key)
+
+
+def _recipe_keys(arms: Sequence[Arm]) -> list[str]:
+    """Keys of any arm that are not meant to differ and that not all arms hold alike."""
+    recipes = [flat(arm.recipe) for arm in arms if arm.recipe is not None]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    kept = [key for key in keys if not key.startswith(MEANT_TO_DIFFER)]
+    return [key for key in kept if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
+
+
+def _training_data(arms: Sequence[Arm]) -> dict[str, str]:
+    """Seed by seed, where a seed had several: what is held out of train hangs on the seed."""
+    digests: dict[int, Counter[str]] = defaultdict(Counter)
+    own: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for arm in arms:
+        for run in arm.runs:
+            digest = run.record.digests.data_train if run.record else None
+            if digest is not None:
+                digests[run.seed][digest] += 1
+                own[arm.label].append((run.seed, digest))
+    contested = {seed for seed, counter in digests.items() if len(counter) > 1}
+    return {
+        label: ", ".join(f"{_short(digest)} for seed {s}" for s, digest in found if s in contested)
+        for label, found in own.items()
+        if any(s in contested for s, _ in found)
+    }
+
+
+def _commit(record: RunRecord) -> str:
+    if record.git_commit is None:
+        return "unknown"
+    changed = " with changes" if record.git_dirty else ""
+    return record.git_commit[:DIGEST_DIGITS] + changed
+
+
+def _short(digest: str | None) -> str | None:
+    return digest and digest.removeprefix("sha256:")[:DIGEST_DIGITS]
+
+
+def _worded(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(_worded(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

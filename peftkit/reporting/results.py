@@ -1,0 +1,55 @@
+"""What a comparison holds: tables of rows, and the tests between them.
+
+Made by the comparison, read by the wording, the tables, the documents and the page.
+"""
+
+from dataclasses import dataclass
+
+from peftkit.reporting.arms import Arm
+from peftkit.reporting.conditions import Difference
+from peftkit.reporting.figures import Figures
+from peftkit.reporting.pairs import Pairs
+from peftkit.reporting.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm with its figures. `score` is the mean over completed seeds, None without one."""
+
+    arm: Arm
+    figures: Figures
+    score: float | None
+    scores: dict[int, float]
+    """Seed → score of that run."""
+    seed_interval: Interval | None
+    """Over other seeds, on these examples; None: fewer than two seeds."""
+    interval: Interval | None
+    """Over other examples, and over other seeds where there are two or more; None: untested."""
+    letters: str
+    """Arms that share a letter are not separated; empty: untested, or too many arms."""
+    in_best_group: bool
+    """Whether no test separates it from the arm with the best score."""
+    notes: tuple[str, ...]
+    """Letters of the conditions in which it differs."""
+
+    @property
+    def label(self) -> str:
+        """What it is called in its table."""
+        return self.arm.label
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arms that were scored on the same examples, the best first, the untested and failed last."""
+
+    title: str
+    metric: str
+    higher_is_better: bool
+    digest: str | None
+    """Of the validation data; None: no run got that far."""
+    examples: int
+    """That the tests stand on; 0: none."""
+    is_sample: bool
+    rows: tuple[Row, ...]
+    pairs: Pairs
+    conditions: tuple[Difference, ...]

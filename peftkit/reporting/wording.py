@@ -1,0 +1,171 @@
+"""A table in plain sentences: what can be told apart, what is cheapest, how sure that is.
+
+Called by the documents and the command line; imports the results.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftkit.reporting.figure_text import interval, listed, mib, plural, probability, score, words
+from peftkit.reporting.statistics import LEVEL
+
+if TYPE_CHECKING:
+    from peftkit.reporting.conditions import Difference
+    from peftkit.reporting.pairs import Pair
+    from peftkit.reporting.results import Row, Table
+
+
+@dataclass(frozen=True)
+class ConditionGroup:
+    """Conditions in which the same arms differ from the same others."""
+
+    arms: list[str]
+    """Who, in words: a column each."""
+    rows: list[tuple[str, str, list[str]]]
+    """Letter, condition, and its value in each column."""
+
+
+SAMPLE_SENTENCE = (
+    "Sample data: these runs used a small stand-in that peftkit made itself. Memory and time are "
+    "measured; the scores say nothing about the real data set."
+)
+
+
+def summary_sentences(table: "Table") -> list[str]:
+    """In the order in which they should be read; a sample says so first."""
+    sentences = [SAMPLE_SENTENCE] if table.is_sample else []
+    tested = [row for row in table.rows if row.interval is not None]
+    if not tested:
+        return [*sentences, *_untested(table), *_unfinished(table)]
+    sentences += [_verdict(table, tested), *_cheapest(tested)]
+    return [*sentences, *_certainty(table), *_one_seed(tested), *_unfinished(table)]
+
+
+def condition_groups(table: "Table") -> list[ConditionGroup]:
+    """Conditions that part the rows in one way, together."""
+    grouped: dict[tuple[frozenset[str], ...], list[Difference]] = {}
+    for condition in table.conditions:
+        parts = sorted(map(frozenset, condition.values.values()), key=sorted)
+        grouped.setdefault(tuple(parts), []).append(condition)
+    return [_group(table, parts, members) for parts, members in grouped.items()]
+
+
+def _group(
+    table: "Table", parts: tuple[frozenset[str], ...], members: "list[Difference]"
+) -> ConditionGroup:
+    order = {row.label: place for place, row in enumerate(table.rows)}
+    ordered = sorted(parts, key=lambda part: (-len(part), min(order[label] for label in part)))
+    rows = []
+    for condition in members:
+        value_of = {frozenset(labels): value for value, labels in condition.values.items()}
+        rows.append((condition.letter, condition.condition, [value_of[p] for p in ordered]))
+    names = [listed(sorted(part, key=order.__getitem__)) for part in ordered]
+    return ConditionGroup(names, rows)
+
+
+def condition_sentence(values: dict[str, list[str]], arms: int) -> str:
+    """`3 for a and b; 1 for c`; the most common value of many arms without their names."""
+    parts = []
+    for place, (value, labels) in enumerate(values.items()):
+        is_most = place == 0 and 2 * len(labels) > arms and len(labels) > 2
+        parts.append(f"{value} for {'most' if is_most else listed(labels)}")
+    return "; ".join(parts)
+
+
+def pairs_with_best(table: "Table") -> dict[str, "Pair"]:
+    """Label of each other tested arm → its test against the arm with the best score."""
+    best = next((row.label for row in table.rows if row.interval is not None), "")
+    return {pair.b if pair.a == best else pair.a: pair for pair in table.pairs.of(best)}
+
+
+def _verdict(table: "Table", tested: list["Row"]) -> str:
+    best = tested[0]
+    shown = f"{best.label} has the best mean {words(table.metric)}, {score(best.score)}"
+    if len(tested) == 1:
+        return (
+            f"{shown} (95% interval {interval(best.interval)}); there is nothing to compare it to."
+        )
+    group = [row.label for row in tested if row.in_best_group]
+    behind = [row.label for row in tested if not row.in_best_group]
+    if not behind:
+        if len(tested) == 2:
+            return f"{shown}, but {group[1]} cannot be told apart from it."
+        return f"{shown}, but none of the other {len(group) - 1} can be told apart from it."
+    against = pairs_with_best(table)
+    worst = max(against[label].p_adjusted for label in behind)
+    ahead = f"it is ahead of {listed(behind)} (adjusted p at most {probability(worst)})"
+    if len(group) == 1:
+        return f"{shown}: {ahead}."
+    return f"{shown}: {ahead} and cannot be told apart from {listed(group[1:])}."
+
+
+def _cheapest(tested: list["Row"]) -> list[str]:
+    """The method to take if memory is short, among those that no test puts behind the best."""
+    group = [row for row in tested if row.in_best_group and row.figures.peak_bytes]
+    if not group:
+        return []
+    cheap = min(group, key=lambda row: row.figures.peak_bytes or 0)
+    peak = f"{mib(cheap.figures.peak_bytes)} MiB in a training step"
+    if len(group) == 1:
+        return [f"{cheap.label} peaks at {peak}."]
+    best = group[0]
+    if cheap is best:
+        return [f"It is also the cheapest in memory of them: {peak}."]
+    than = f", against {mib(best.figures.peak_bytes)} MiB for {best.label}"
+    return [f"The cheapest in memory of these is {cheap.label}: {peak}{than}."]
+
+
+def _certainty(table: "Table") -> list[str]:
+    sizes = table.pairs.detectable()
+    if sizes is None:
+        return []
+    low, high = sizes
+    size = f"{low:.3f}" if high - low < 0.0005 else f"{low:.3f} to {high:.3f} (by pair)"
+    return [
+        f"How sure: with these seeds and {plural(table.examples, 'validation example')}, a true "
+        f"difference in {words(table.metric)} of {size} would be found 4 times in 5. A smaller one "
+        f"would mostly be missed, so not told apart does not mean equal.{_nearest(table)}"
+    ]
+
+
+def _nearest(table: "Table") -> str:
+    """The clearest of the differences from the best that are not clear enough."""
+    open_pairs = [(p.p_adjusted, p.p, label) for label, p in pairs_with_best(table).items()]
+    unclear = [entry for entry in open_pairs if entry[0] >= LEVEL]
+    if not unclear:
+        return ""
+    adjusted, _, label = min(unclear)
+    shown = f"{label}, adjusted p {probability(adjusted)}"
+    return f" Clearest among those not told apart from the best: {shown}."
+
+
+def _one_seed(tested: list["Row"]) -> list[str]:
+    alone = [row.label for row in tested if len(row.scores) == 1]
+    if not alone:
+        return []
+    return [
+        f"One seed only for {listed(alone)}: no interval over seeds, and tests with it speak of "
+        "the trained models at hand, not of what another seed would give."
+    ]
+
+
+def _untested(table: "Table") -> list[str]:
+    scored = [row for row in table.rows if row.score is not None]
+    if not scored:
+        return ["No run was completed, so there is no score."]
+    best = scored[0]
+    return [
+        f"{best.label} has the best mean {words(table.metric)}, {score(best.score)}; without "
+        "per-example predictions that can be used, nothing is tested."
+    ]
+
+
+def _unfinished(table: "Table") -> list[str]:
+    """Which arms lack scores of some seeds, in the words of their status."""
+    found = []
+    for row in table.rows:
+        bad = {s: n for s, n in row.figures.statuses.items() if s != "completed"}
+        if bad:
+            words = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in bad.items())
+            found.append(f"{row.label} ({words})")
+    return [f"Not completed: {listed(found)}."] if found else []
