@@ -20,7 +20,9 @@ def four_bit_config(
     """What transformers is told; `held` is the dtype of what stays out.
 
     Heads, poolers and output embeddings stay out: 4-bit loading would quantise them and then crash.
+    What the architecture wants in float32 (`wo` of T5) does, too; transformers adds it as well.
     """
+    kept = skeleton._keep_in_fp32_modules or []
     output = skeleton.get_output_embeddings()
     others = [output, *pooler_modules(skeleton)]
     names = [name for name, m in skeleton.named_modules() if any(m is other for other in others)]
@@ -30,7 +32,7 @@ def four_bit_config(
         bnb_4bit_quant_type=quantisation.quant_type,
         bnb_4bit_use_double_quant=quantisation.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute) if compute else held,
-        llm_int8_skip_modules=sorted({*head_modules(skeleton), *names}),
+        llm_int8_skip_modules=sorted({*head_modules(skeleton), *names, *kept}),
     )
 
 

@@ -20,6 +20,7 @@ from peftkit.contracts import ParameterGroup
 from peftkit.errors import MethodError
 from peftkit.memory.fake_step import Batch, FakeJob, trace
 from peftkit.memory.gpu_kernels import gpu_kernels
+from peftkit.memory.known_values import OneEndTokenARow
 from peftkit.memory.storage_tape import Peak, largest
 from peftkit.modeling.fake_loading import FakeMemory, fake_model, quantisation_constants
 from peftkit.modeling.loading import held_dtype
@@ -137,7 +138,11 @@ def _traced(setting: Setting) -> tuple[dict[str, Peak], int]:
         # PEFT copies heads and asks whether their memory is there.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         model = fake_model(setting.config, setting.spec, options, mode)
-        with mode, gpu_kernels(setting.spec.mixed_precision, active=setting.on_gpu):
+        with (
+            mode,
+            OneEndTokenARow(),
+            gpu_kernels(setting.spec.mixed_precision, active=setting.on_gpu),
+        ):
             blocks = _blocks(model)
             prepared = setting.method.prepare(model)
             set_precision(prepared, held_dtype(setting.spec, options))
