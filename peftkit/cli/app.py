@@ -10,6 +10,7 @@ import typer
 from peftkit import __version__
 from peftkit.cli import (
     adapters,
+    compare,
     doctor,
     extract,
     merge,
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     run.add_to(app)
+    compare.add_to(app)
     recipes.add_to(app)
     shipped.add_to(app)
     scoring.add_to(app)

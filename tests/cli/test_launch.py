@@ -188,7 +188,7 @@ def test_a_signal_before_the_run_has_begun_stops_the_launcher(tmp_path):
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch._noted_signals() as pending:
+        with launch.noted_signals() as pending:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
