@@ -35,6 +35,10 @@ class CompareCommand(TyperCommand):
         ctx.meta[_WORDS] = list(args)
         return super().parse_args(ctx, args)
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words after `peftkit compare`."""
+        return ["[OPTIONS]", "RECIPE...|PLAN", "[KEY=VALUE]..."]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
@@ -45,7 +49,7 @@ def compare(
     context: typer.Context,
     words: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE...|PLAN [KEY=VALUE]...", help="Recipes, or a YAML plan."),
+        typer.Argument(metavar="RECIPE...|PLAN", help="Recipes, or a YAML plan; then KEY=VALUE."),
     ],
     *,
     seeds: Annotated[
@@ -54,9 +58,9 @@ def compare(
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Default: comparison.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side. Default: 1.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side. Default: 1.")] = None,
     price_per_hour: Annotated[
-        float | None, typer.Option("--price-per-hour", min=0.0, help="Of this machine.")
+        float | None, typer.Option("--price-per-hour", help="Of this machine.")
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Repeat what failed in an earlier comparison.")
@@ -68,7 +72,7 @@ def compare(
     them. Stopped and started again, it goes on where it was; what is done is not repeated. A run
     that fails becomes a row with its reason. Exits 1 if a run has failed.
     """
-    from peftkit.cli.comparison_folders import lock_out, survey
+    from peftkit.cli.comparison_folders import locked, survey
     from peftkit.cli.comparison_plan import planned_runs, read_plan
     from peftkit.cli.comparison_rows import rows_of
 
@@ -76,18 +80,18 @@ def compare(
     plan = read_plan(words, options)
     runs = planned_runs(plan)
     _refuse_unusable_registry()
-    lock = lock_out(Path(plan.out), runs)
-    rows = rows_of(runs, survey(runs, retry_failed=retry_failed))
-    _keep(plan)
-    _tell_what_is_kept(rows)
-    stopped_by = _carry_out(rows, plan, lock, debug=bool(context.obj))
-    left = sum(row.state in ("waiting", "stopped") for row in rows)
-    if left:
-        command = shlex.join(["peftkit", "compare", *context.meta[_WORDS]])
-        why = f"stopped by {stopped_by.name}" if stopped_by else "stopped from outside"
-        note(f"{why}: {left} of {len(rows)} runs are left; go on with\n{command}")
-        raise typer.Exit(1)
-    write_report(plan)
+    with locked(Path(plan.out), runs) as lock:
+        rows = rows_of(runs, survey(runs, retry_failed=retry_failed))
+        _keep(plan)
+        _tell_what_is_kept(rows)
+        stopped_by = _carry_out(rows, plan, lock, debug=bool(context.obj))
+        left = sum(row.state in ("waiting", "stopped") for row in rows)
+        if left:
+            command = shlex.join(["peftkit", "compare", *context.meta[_WORDS]])
+            why = f"stopped by {stopped_by.name}" if stopped_by else "stopped from outside"
+            note(f"{why}: {left} of {len(rows)} runs are left; go on with\n{command}")
+            raise typer.Exit(1)
+        write_report(plan)
     if failed := sum(row.state == "failed" for row in rows):
         note(f"{failed} of {len(rows)} runs failed")
         raise typer.Exit(1)

@@ -5,8 +5,8 @@ Called by the verb `compare` before anything runs and by `comparison_runs` when 
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -149,8 +149,9 @@ def new_record(run: PlannedRun, *, before: tuple[int, int] | None) -> RunRecord 
     return None
 
 
-def lock_out(out: Path, runs: Iterable[PlannedRun]) -> int:
-    """Make the folder and keep other comparisons out of it.
+@contextmanager
+def locked(out: Path, runs: Iterable[PlannedRun]) -> Iterator[int]:
+    """Make the folder and keep other comparisons out of it; gives the lock's descriptor.
 
     The descriptor is handed to every launcher: a run that a killed comparison has left behind
     still counts as at work, even before it has its own folder.
@@ -164,13 +165,19 @@ def lock_out(out: Path, runs: Iterable[PlannedRun]) -> int:
         descriptor = None if busy else try_lock(out)
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error.strerror}") from None
-    if descriptor is not None:
-        return descriptor
-    raise RunError(
-        [f"{folder}: a run is at work in this folder; wait until it has ended" for folder in busy]
-        or f"{out}: another comparison, or a run that one left behind, is at work in this folder; "
-        "wait until it has ended"
-    )
+    if descriptor is None:
+        what = "another comparison, or a run that one left behind, is at work in this folder"
+        raise RunError(
+            [
+                f"{folder}: a run is at work in this folder; wait until it has ended"
+                for folder in busy
+            ]
+            or f"{out}: {what}; wait until it has ended"
+        )
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def is_at_work(folder: Path) -> bool:

@@ -33,7 +33,7 @@ _SEED_LIST = re.compile(r"[0-9]+,([0-9]+(,[0-9]+)*)?")
 class ComparisonPlan(Section):
     """Recipes, each of which runs under every seed."""
 
-    recipes: list[str] = Field(min_length=1)
+    recipes: list[str]
     """Recipe files; a relative path counts from the plan's own folder."""
     seeds: int | list[int] = 3
     """3 stands for 0, 1 and 2."""
@@ -45,6 +45,13 @@ class ComparisonPlan(Section):
     """Runs side by side."""
     price_per_hour: float | None = Field(default=None, ge=0.0)
     """Of this machine, in any currency."""
+
+    @field_validator("recipes")
+    @classmethod
+    def _are_some(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("name at least one recipe")
+        return value
 
     @field_validator("seeds")
     @classmethod

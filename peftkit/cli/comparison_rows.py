@@ -52,9 +52,7 @@ class Row:
         elif record.status in ("interrupted", "terminated"):
             self.state, self.detail = "stopped", _one_line(record.error or record.status)
         else:
-            reason = f": {record.error}" if record.error else ""
-            self.state = "failed"
-            self.detail = _one_line(f"{record.status.replace('_', ' ')}{reason}")
+            self.state, self.detail = "failed", _failure(record)
         if self.begun is None:
             self.first_step = record.resumed_after_step or 0
             self.seconds = (record.finished - record.started).total_seconds()
@@ -188,6 +186,14 @@ def _leading_score(record: RunRecord) -> str:
     scores = record.metrics.get("validation", {})
     named = [name for name in scores if name != "loss"] or list(scores)
     return f"{named[0]} {scores[named[0]]:.4f}" if named else ""
+
+
+def _failure(record: RunRecord) -> str:
+    """The error, with the status where it says more than that the run failed."""
+    status, error = record.status.replace("_", " "), _one_line(record.error or "")
+    if error and (status == "failed" or error.startswith(status)):
+        return error
+    return f"{status}: {error}" if error else status
 
 
 def _one_line(text: str) -> str:
