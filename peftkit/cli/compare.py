@@ -144,8 +144,13 @@ def _carry_out(rows: "Sequence[Row]", plan: "ComparisonPlan", lock: int, *, debu
 
 
 def write_report(plan: "ComparisonPlan") -> None:
-    """Write the report of all runs in the plan's folder, and say where it is."""
-    comparison = importlib.import_module("peftkit.reporting.comparison")
-    compared = comparison.compare([Path(plan.out)], price_per_hour=plan.price_per_hour)
-    for path in comparison.write_comparison(compared, Path(plan.out)):
-        print(path)
+    """Write the report of all runs in the plan's folder, print it in short, say where it is."""
+    reading = importlib.import_module("peftkit.reporting.comparison")
+    printing = importlib.import_module("peftkit.cli.report")
+    comparison = reading.compare([Path(plan.out)], price_per_hour=plan.price_per_hour)
+    for problem in comparison.problems:
+        note(str(problem))
+    paths = reading.write_comparison(comparison, Path(plan.out))
+    printing.print_comparison(comparison)
+    for path in paths:
+        note(str(path))

@@ -119,10 +119,11 @@ class LiveTable:
         from rich.text import Text
 
         now = time.time()
-        foot = f"{tally(self._rows)}; {left_words(self._rows, jobs=self._jobs, now=now)}"
-        lines = [Text(foot, style="bold")]
-        lines += [Text(self._said, style="yellow")] if self._said else []
-        return Group(self._table(now), *lines)
+        # What is said is that the comparison ends early, so no time is foretold then.
+        then = self._said or left_words(self._rows, jobs=self._jobs, now=now)
+        colour = "yellow" if self._said else ""
+        foot = [Text(tally(self._rows), style="bold"), Text(then, style=colour)]
+        return Group(self._table(now), *foot)
 
     def _table(self, now: float) -> "RenderableType":
         from rich import box

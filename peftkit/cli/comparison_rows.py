@@ -39,6 +39,8 @@ class Row:
     total_steps: int | None = None
     stepped: float | None = None
     """`time.time()` when `step` was logged."""
+    seen_first: tuple[int, float] | None = None
+    """The first step that was seen in the log, and when it was logged: loading is over then."""
 
     def begin(self) -> None:
         """It is started now."""
@@ -81,6 +83,7 @@ class Row:
         if steps and steps[-1]["step"] != self.step:
             self.step, self.total_steps = steps[-1]["step"], steps[-1]["total_steps"]
             self.stepped = written
+            self.seen_first = self.seen_first or (self.step, written)
 
 
 def rows_of(runs: Sequence[PlannedRun], found: Sequence[Found]) -> list[Row]:
@@ -142,11 +145,13 @@ def _left(row: Row, usual: Mapping[str, float], now: float) -> float | None:
 
 
 def _left_by_steps(row: Row, now: float) -> float | None:
-    """By the steps that it has logged: loading counts as part of them, scoring is left out."""
-    gone = row.step - row.first_step
-    if row.begun is None or row.stepped is None or row.total_steps is None or gone <= 0:
+    """By the pace of the steps since the first that was seen; what follows training is left out."""
+    if row.stepped is None or row.seen_first is None or row.total_steps is None:
         return None
-    seconds_a_step = (row.stepped - row.begun) / gone
+    first_step, first_logged = row.seen_first
+    if row.step <= first_step:
+        return None
+    seconds_a_step = (row.stepped - first_logged) / (row.step - first_step)
     return max(0.0, seconds_a_step * (row.total_steps - row.step) - (now - row.stepped))
 
 

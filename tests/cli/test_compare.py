@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_runs
 import pytest
@@ -445,21 +446,24 @@ def test_nothing_is_left_running_behind_a_comparison_that_breaks(compared, monke
 
 
 def test_the_report_is_asked_for_by_folder_and_price(recipes, monkeypatch, capsys):
+    comparison = SimpleNamespace(problems=["a record is damaged"])
     asked = []
 
-    class Reading:
-        @staticmethod
-        def compare(folders, *, price_per_hour):
-            asked.append((folders, price_per_hour))
-            return "compared"
+    def read(folders, *, price_per_hour):
+        asked.append((folders, price_per_hour))
+        return comparison
 
-        @staticmethod
-        def write_comparison(comparison, out):
-            asked.append((comparison, out))
-            return [out / "comparison.html"]
+    def write(given, out):
+        asked.append((given, out))
+        return [out / "comparison.html"]
 
-    monkeypatch.setitem(sys.modules, "peftkit.reporting.comparison", Reading)
-    plan = read_plan(["full.yaml"], {"price_per_hour": 1.5})
-    compare.write_report(plan)
-    assert asked == [([Path("comparison")], 1.5), ("compared", Path("comparison"))]
-    assert capsys.readouterr().out == "comparison/comparison.html\n"
+    reading = SimpleNamespace(compare=read, write_comparison=write)
+    printing = SimpleNamespace(print_comparison=lambda given: print("in short"))
+    monkeypatch.setitem(sys.modules, "peftkit.reporting.comparison", reading)
+    monkeypatch.setitem(sys.modules, "peftkit.cli.report", printing)
+    compare.write_report(read_plan(["full.yaml"], {"price_per_hour": 1.5}))
+    assert asked == [([Path("comparison")], 1.5), (comparison, Path("comparison"))]
+    assert capsys.readouterr() == (
+        "in short\n",
+        "a record is damaged\ncomparison/comparison.html\n",
+    )

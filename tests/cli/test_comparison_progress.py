@@ -37,9 +37,10 @@ def row(tiny_recipe, workplace):
 
 
 def running(row, name="a", *, seconds, step=0, **values):
-    """A run that began `seconds` ago and has just logged `step` of 100."""
+    """A run that began `seconds` ago, took 10 to load, and has just logged `step` of 100."""
     steps = {"step": step, "total_steps": 100, "stepped": NOW} if step else {}
-    return row(name, state="running", begun=NOW - seconds, **steps, **values)
+    first = (values.get("first_step", 0) + 5, NOW - seconds + 10)
+    return row(name, state="running", begun=NOW - seconds, seen_first=first, **steps, **values)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +61,13 @@ def test_durations_are_told_as_people_say_them(seconds, words):
 
 def test_a_running_run_is_judged_by_its_steps(row):
     one = running(row, seconds=30, step=25)
-    assert run_seconds_left(one, [one], NOW) == pytest.approx(90)
-    assert run_seconds_left(one, [one], NOW + 20) == pytest.approx(70)
+    assert run_seconds_left(one, [one], NOW) == pytest.approx(75)
+    assert run_seconds_left(one, [one], NOW + 20) == pytest.approx(55)
     assert run_seconds_left(one, [one], NOW + 500) == 0
     resumed = running(row, seconds=30, step=75, first_step=50)
-    assert run_seconds_left(resumed, [resumed], NOW) == pytest.approx(30)
+    assert run_seconds_left(resumed, [resumed], NOW) == pytest.approx(25)
+    just_begun = running(row, seconds=30, step=5)
+    assert run_seconds_left(just_begun, [just_begun], NOW) is None
 
 
 def test_without_steps_a_run_is_judged_by_those_of_its_recipe_that_are_done(row):
@@ -79,7 +82,8 @@ def test_the_whole_is_shared_by_the_jobs_and_no_shorter_than_its_longest_run(row
     rows = [row(state="done", seconds=60.0), running(row, seconds=20), row(seed=2), row(seed=3)]
     assert seconds_left(rows, jobs=1, now=NOW) == pytest.approx(160)
     assert seconds_left(rows, jobs=2, now=NOW) == pytest.approx(80)
-    long = [running(row, seconds=20, step=10)]
+    long = [running(row, seconds=20, step=10), row(seed=1)]
+    assert seconds_left(long, jobs=1, now=NOW) == pytest.approx(180 + 200)
     assert seconds_left(long, jobs=4, now=NOW) == pytest.approx(180)
 
 
@@ -190,6 +194,7 @@ def test_a_terminal_gets_a_table_that_is_drawn_again(row, monkeypatch):
     assert "killed by [red]signal 9" in last
     assert "3 runs: 0 done, 1 failed, 2 waiting" in last
     assert "SIGINT: waiting" in last
+    assert "left not known" not in last
 
 
 def test_a_low_terminal_shows_the_rows_around_what_runs(row):
