@@ -112,7 +112,8 @@ def launch_error(folder: Path) -> str | None:
 def note_launch_failure(run: PlannedRun, error: str) -> None:
     """Leave `launch.json` for a run that has no record to say how it ended.
 
-    A record that an earlier part of the run left is of the past, and removed.
+    It goes as soon as a run claims the folder. A record that an earlier part of the run left is
+    of the past, and removed.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -124,11 +125,6 @@ def note_launch_failure(run: PlannedRun, error: str) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_file(run.folder / LAUNCH_FILE, f"{text}\n".encode())
     (run.folder / "record.json").unlink(missing_ok=True)
-
-
-def forget_launch_failure(run: PlannedRun) -> None:
-    """Remove `launch.json`: the run begins again."""
-    (run.folder / LAUNCH_FILE).unlink(missing_ok=True)
 
 
 def record_stamp(run: PlannedRun) -> tuple[int, int] | None:

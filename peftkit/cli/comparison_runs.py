@@ -13,7 +13,6 @@ from pathlib import Path
 
 from peftkit.cli import launch
 from peftkit.cli.comparison_folders import (
-    forget_launch_failure,
     is_at_work,
     new_record,
     note_launch_failure,
@@ -114,7 +113,6 @@ def _start_next(work: _Work, places: Places, shown: Display) -> None:
     row = work.waiting.pop(0)
     run = row.run
     stamp = record_stamp(run)
-    forget_launch_failure(run)
     row.begin()
     flags = [*_FLAGS.get(row.task, ()), *(["--debug"] if places.debug else [])]
     run.output.parent.mkdir(parents=True, exist_ok=True)
