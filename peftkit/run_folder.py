@@ -1,6 +1,6 @@
 """The folder of one run: claimed before anything is loaded, never written over by accident.
 
-Called by the experiment.
+Called by the experiment; the comparison looks in, so accelerate is imported inside `claimed`.
 """
 
 import fcntl
@@ -10,25 +10,33 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit import yaml_source
 from peftkit.errors import RecipeError, RunError
 from peftkit.recipe import Recipe, resolved_yaml
+from peftkit.reporting.gathering import LAUNCH_FILE
 from peftkit.reporting.record import read_record
 from peftkit.staging import write_file
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 OnExists = Literal["refuse", "overwrite", "resume"]
 
-_OWN_FILES = ("recipe.yaml", "record.json", "predictions.parquet", "log.jsonl", "checkpoints")
+_OWN_FILES = (
+    "recipe.yaml",
+    "record.json",
+    "predictions.parquet",
+    "log.jsonl",
+    "checkpoints",
+    LAUNCH_FILE,
+)
 
 
 @contextmanager
 def claimed(
-    folder: Path, recipe: Recipe, accelerator: Accelerator, *, on_exists: OnExists
+    folder: Path, recipe: Recipe, accelerator: "Accelerator", *, on_exists: OnExists
 ) -> Iterator[None]:
     """Make the folder, or deal with the one that is there, and keep other runs out of it.
 
@@ -38,6 +46,8 @@ def claimed(
         RunError: another run is at work in the folder; it exists and must not be touched, or cannot
             be made; or the recipe to resume differs from the one that the run was started with.
     """
+    from accelerate.utils import broadcast_object_list
+
     problem: list[str | None] = [None]
     with ExitStack() as held:
         if accelerator.is_main_process:
@@ -52,9 +62,10 @@ def _claim(folder: Path, recipe: str, on_exists: OnExists, held: ExitStack) -> s
     """Carry it out; returns what stands against it. The lock is let go when `held` is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = try_lock(folder)
+        if descriptor is None:
+            return f"{folder}: another run is at work in this folder; wait until it has ended"
         held.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if any(folder.iterdir()):
             if on_exists == "refuse":
                 return f"{folder}: the run's folder exists; add --overwrite or --resume"
@@ -62,11 +73,27 @@ def _claim(folder: Path, recipe: str, on_exists: OnExists, held: ExitStack) -> s
                 return _resumable(folder, recipe)
             _empty(folder)
         write_file(folder / "recipe.yaml", recipe.encode())
-    except BlockingIOError:
-        return f"{folder}: another run is at work in this folder; wait until it has ended"
     except OSError as error:
         return f"{folder}: cannot be written: {error.strerror}"
     return None
+
+
+def try_lock(folder: Path) -> int | None:
+    """A descriptor that keeps others out until it is closed; None if another process has one.
+
+    Raises:
+        OSError: no such folder, or it may not be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _resumable(folder: Path, recipe: str) -> str | None:
@@ -76,19 +103,29 @@ def _resumable(folder: Path, recipe: str) -> str | None:
     if _is_complete(folder / "record.json"):
         return f"{folder}: the run is complete, nothing is left to resume; add --overwrite"
     try:
-        then, now = (_keys(text) for text in (stored.read_text(errors="replace"), recipe))
+        changed = changes(stored, recipe)
     except RecipeError:
         return f"{stored}: is damaged, so the run cannot be resumed; add --overwrite"
-    changes = [
+    if not changed:
+        (folder / LAUNCH_FILE).unlink(missing_ok=True)
+        return None
+    return (
+        f"{folder}: --resume needs the recipe that the run was started with; {'; '.join(changed)}"
+    )
+
+
+def changes(stored: Path, recipe: str) -> list[str]:
+    """What a run was started with and what a resolved recipe says now, for each key that differs.
+
+    Raises:
+        RecipeError: the stored recipe is damaged.
+    """
+    then, now = (_keys(text) for text in (stored.read_text(errors="replace"), recipe))
+    return [
         f"{key}: then {then.get(key, 'absent')}, now {now.get(key, 'absent')}"
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
-    if not changes:
-        return None
-    return (
-        f"{folder}: --resume needs the recipe that the run was started with; {'; '.join(changes)}"
-    )
 
 
 def _keys(recipe: str) -> dict[str, str]:

@@ -78,7 +78,7 @@ def test_an_existing_run_is_refused_and_untouched(claimed, folder, recipe, tiny_
 def test_overwrite_removes_what_a_run_wrote_and_nothing_else(claimed, folder, recipe, tiny_recipe):
     claimed(recipe)
     (folder / "checkpoints/step-00000001").mkdir(parents=True)
-    for name in ("record.json", "predictions.parquet", "log.jsonl", "notes.txt"):
+    for name in ("record.json", "launch.json", "predictions.parquet", "log.jsonl", "notes.txt"):
         (folder / name).write_text("mine")
     other = changed(tiny_recipe, learning_rate=1.0)
     assert claimed(other, "overwrite") is None
@@ -89,7 +89,9 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(claimed, folder, re
 def test_resume_takes_the_same_recipe_up_again(claimed, folder, recipe):
     claimed(recipe)
     (folder / "log.jsonl").write_text("kept")
+    (folder / "launch.json").write_text("of a start that failed")
     assert claimed(recipe, "resume") is None
+    assert not (folder / "launch.json").exists()
     assert (folder / "log.jsonl").read_text() == "kept"
 
 

@@ -10,6 +10,7 @@ import typer
 from peftkit import __version__
 from peftkit.cli import (
     adapters,
+    compare,
     doctor,
     extract,
     merge,
@@ -39,6 +40,7 @@ def build_app() -> typer.Typer:
     app.callback()(_root)
     run.add_to(app)
     plan.add_to(app)
+    compare.add_to(app)
     recipes.add_to(app)
     shipped.add_to(app)
     report.add_to(app)

@@ -1,7 +1,7 @@
 """One run in processes of its own, started by `accelerate launch`.
 
-Called by the verb `run`; starts the installed `peftkit/run.py`, which leaves its exit code in a
-file because every launcher turns a child's code into 1. `run.py` comes in by
+Called by the verbs `run` and `compare`; starts the installed `peftkit/run.py`, which leaves its
+exit code in a file because every launcher turns a child's code into 1. `run.py` comes in by
 `run_and_leave_exit_code`.
 """
 
@@ -21,6 +21,8 @@ from peftkit.errors import RunError, UsageError
 SCRIPT = Path(peftkit.__file__).with_name("run.py")
 EXIT_FILE = "PEFTKIT_EXIT_FILE"
 """Names the file in which the first process of a run leaves its exit code."""
+KILLED = 128
+"""Added to the number of a signal that a run died of, as a shell does it."""
 POLL_SECONDS = 0.2
 QUIET_LAUNCHER = "peftkit.cli.launcher"
 
@@ -41,16 +43,23 @@ def launch(script_arguments: Sequence[str], *, nproc: int | None, extra: Sequenc
         UsageError: more processes than this machine has accelerators.
         RunError: the run ended without leaving an exit code.
     """
-    module = "accelerate.commands.launch" if "--debug" in script_arguments else QUIET_LAUNCHER
-    launcher = [sys.executable, "-m", module, *launch_arguments(nproc, extra)]
     with tempfile.TemporaryDirectory(prefix="peftkit-") as folder:
         exit_file = Path(folder) / "exit_code"
         environment = launch_environment(os.environ, nproc=nproc, extra=extra)
         ended = supervise(
-            [*launcher, str(SCRIPT), *script_arguments],
+            launch_command(script_arguments, nproc=nproc, extra=extra),
             environment={**environment, EXIT_FILE: str(exit_file)},
         )
         return _own_exit_code(exit_file, ended)
+
+
+def launch_command(
+    script_arguments: Sequence[str], *, nproc: int | None = None, extra: Sequence[str] = ()
+) -> list[str]:
+    """The words that start one run; the arguments are those of `launch`."""
+    module = "accelerate.commands.launch" if "--debug" in script_arguments else QUIET_LAUNCHER
+    launcher = [sys.executable, "-m", module, *launch_arguments(nproc, extra)]
+    return [*launcher, str(SCRIPT), *script_arguments]
 
 
 def launch_arguments(nproc: int | None, extra: Sequence[str]) -> list[str]:
@@ -70,9 +79,13 @@ def launch_arguments(nproc: int | None, extra: Sequence[str]) -> list[str]:
 
 
 def launch_environment(
-    inherited: Mapping[str, str], *, nproc: int | None, extra: Sequence[str]
+    inherited: Mapping[str, str],
+    *,
+    nproc: int | None = None,
+    extra: Sequence[str] = (),
+    jobs: int = 1,
 ) -> dict[str, str]:
-    """The environment of the launcher.
+    """The environment of the launcher; `jobs` is the number of runs that share the machine.
 
     `--multi_gpu` with ACCELERATE_USE_CPU is the one way in which Accelerate starts several
     processes on a CPU. OMP_NUM_THREADS is set because its launcher would otherwise make it 1.
@@ -80,7 +93,8 @@ def launch_environment(
     environment = dict(inherited)
     if not _names(extra, PROCESSES_FLAG) and not _has_config_file(extra):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // (nproc or 1))))
+        threads = (cores or 1) // ((nproc or 1) * jobs)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     if nproc is not None and nproc > 1 and _accelerators(at_least=nproc) == 0:
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
@@ -112,23 +126,49 @@ def _names(extra: Sequence[str], flag: str) -> bool:
 
 
 def supervise(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
-    """Run `command`; pass each Ctrl-C, SIGTERM and SIGHUP on to the run exactly once.
-
-    The launcher gets a session of its own: a Ctrl-C on the terminal then reaches only this
-    process, and not every process of the run a first time before it is passed on.
-    """
-    with _noted_signals() as pending:
-        process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    """Run `command`; pass each Ctrl-C, SIGTERM and SIGHUP on to the run exactly once."""
+    with noted_signals() as pending:
+        process = start(command, environment=environment)
         while True:
             try:
                 return process.wait(timeout=POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 while pending:
-                    _pass_on(pending.pop(0), process.pid)
+                    pass_on(pending.pop(0), process.pid)
+
+
+def start(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    output: int | None = None,
+    keep_open: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a launcher and do not wait.
+
+    It gets a session of its own: a Ctrl-C on the terminal then reaches only this process, and not
+    every process of the run a first time before it is passed on.
+
+    Args:
+        command: From `launch_command`.
+        environment: From `launch_environment`.
+        output: Descriptor that gets what the run says, which then reads nothing; None: the streams
+            of this process.
+        keep_open: Descriptors that the launcher inherits.
+    """
+    return subprocess.Popen(
+        command,
+        env=dict(environment),
+        start_new_session=True,
+        stdin=None if output is None else subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=keep_open,
+    )
 
 
 @contextmanager
-def _noted_signals() -> Iterator[list[signal.Signals]]:
+def noted_signals() -> Iterator[list[signal.Signals]]:
     """Collect the forwarded signals instead of dying of them; one that was ignored stays so."""
     pending: list[signal.Signals] = []
     numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
@@ -142,7 +182,7 @@ def _noted_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def _pass_on(number: signal.Signals, launcher: int) -> None:
+def pass_on(number: signal.Signals, launcher: int) -> None:
     """Signal the run; a lost terminal counts as SIGTERM, so that a record is left."""
     workers = _workers(launcher)
     if number == getattr(signal, "SIGHUP", None) or not workers:
@@ -184,7 +224,21 @@ def _own_exit_code(exit_file: Path, ended: int) -> int:
         return int(exit_file.read_text()) if exit_file.is_file() else 0
     if ended == UsageError.exit_code:
         return ended  # accelerate launch refused its arguments and has said so
+    if number := killing_signal(ended):
+        raise RunError(
+            f"the run ended without a result: {number.name} killed it, most often for lack of "
+            "memory; see the lines above"
+        )
     raise RunError(
         f"the run ended without a result (launcher: {ended}); it was stopped before it began or "
         "killed from outside, most often for lack of memory; see the lines above"
     )
+
+
+def killing_signal(ended: int) -> signal.Signals | None:
+    """The signal that a run or its launcher died of, by the launcher's exit code."""
+    number = -ended if ended < 0 else ended - KILLED
+    try:
+        return signal.Signals(number) if number > 0 else None
+    except ValueError:
+        return None

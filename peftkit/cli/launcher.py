@@ -5,26 +5,40 @@ of the run say themselves what went wrong; `--debug` starts Accelerate's own lau
 """
 
 import logging
+import subprocess
 import sys
+
+from peftkit.cli.launch import KILLED
 
 
 def main() -> int:
-    """Launch by `sys.argv`; return 1 if the run or the launcher fails."""
+    """Launch by `sys.argv`; return 1 if the run or the launcher fails, 128 + n after signal n."""
     try:
         from accelerate.commands.launch import main as accelerate_launch
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         _silence()
+        if "--quiet" in sys.argv[:2]:
+            sys.argv.remove("--quiet")  # it would make 1 of the signal that a run died of
         accelerate_launch()
     except KeyboardInterrupt:
         return 1
-    except (ChildFailedError, SignalException):
+    except subprocess.CalledProcessError as error:
+        return _code(error.returncode)
+    except ChildFailedError as error:
+        return _code(min(failure.exitcode for failure in error.failures.values()))
+    except SignalException:
         return 1
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         print(f"accelerate launch: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _code(ended: int) -> int:
+    """Exit code for that of a run's process, which is negative after a signal."""
+    return KILLED - ended if ended < 0 else 1
 
 
 def _silence() -> None:

@@ -18,6 +18,7 @@ from peftkit.yaml_source import load
 
 RECORD_FILE = "record.json"
 LAUNCH_FILE = "launch.json"
+"""Written by a comparison whose run ended without a record; gone once the run begins again."""
 RECIPE_FILE = "recipe.yaml"
 MAX_PROBLEMS_IN_LINE = 3
 

@@ -249,6 +249,7 @@ class Trainer:
     def _row(self, result: StepResult) -> dict[str, Any]:
         return {
             "step": self.state.step,
+            "total_steps": self.total_steps,
             "epoch": round(self.state.step / self.steps_per_epoch, 3),
             "loss": result.loss,
             "grad_norm": result.grad_norm,

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+_STEPS = ("step", "total_steps")
+
 
 class Progress:
     """Shows and logs training steps of the main process.
@@ -48,7 +50,9 @@ class Progress:
             return
         with self._log.open("a") as stream:
             stream.write(_json(row) + "\n")
-        words = "  ".join(f"{key} {_short(value)}" for key, value in row.items() if key != "step")
+        words = "  ".join(
+            f"{key} {_short(value)}" for key, value in row.items() if key not in _STEPS
+        )
         line = f"step {row['step']}/{self._total}  {words}"
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)

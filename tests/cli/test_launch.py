@@ -51,7 +51,7 @@ sys.exit(supervise([sys.executable, '-c', *sys.argv[1:]], environment=os.environ
 """
 
 SCRIPT = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 from peftkit.cli.launch import run_and_leave_exit_code
 from peftkit.errors import UsageError
 
@@ -65,6 +65,8 @@ def run(argv):
     (spoken / ("rank-" + os.environ.get("RANK", "0"))).touch()
     while len(list(spoken.glob("rank-*"))) < int(os.environ.get("WORLD_SIZE", "1")):
         time.sleep(0.02)
+    if argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if argv[1] == "usage":
         raise UsageError("a usage problem")
     return int(argv[1])
@@ -188,7 +190,7 @@ def test_a_signal_before_the_run_has_begun_stops_the_launcher(tmp_path):
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch._noted_signals() as pending:
+        with launch.noted_signals() as pending:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
@@ -231,6 +233,28 @@ def test_two_processes_on_a_cpu_know_of_each_other(recipe, capfd):
     given = f"['{recipe}', 'usage']"
     assert processes(out) == [["0", "2", "true", "no", given], ["1", "2", "true", "no", given]]
     assert err == "a usage problem\n"
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_run_that_was_killed_is_told_with_its_signal(processes, recipe, capfd):
+    assert main(["run", recipe, "killed", "--nproc", processes]) == 1
+    assert capfd.readouterr().err == (
+        "the run ended without a result: SIGKILL killed it, most often for lack of memory; "
+        "see the lines above\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ended", "number"), [(137, signal.SIGKILL), (-15, signal.SIGTERM), (1, None), (255, None)]
+)
+def test_the_signal_comes_out_of_the_launchers_code(ended, number):
+    assert launch.killing_signal(ended) == number
+
+
+def test_runs_side_by_side_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert launch_environment({}, jobs=3) == {"OMP_NUM_THREADS": "2"}
+    assert launch_environment({}, jobs=9) == {"OMP_NUM_THREADS": "1"}
 
 
 def test_overwrite_and_resume_contradict_each_other(recipe, capsys):

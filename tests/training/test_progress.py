@@ -8,7 +8,7 @@ import pytest
 
 from peftkit.training.progress import Progress
 
-ROW = {"step": 3, "epoch": 0.5, "loss": 0.123456, "learning_rate": 5e-05}
+ROW = {"step": 3, "total_steps": 9, "epoch": 0.5, "loss": 0.123456, "learning_rate": 5e-05}
 
 
 def progress(log, **changes):
