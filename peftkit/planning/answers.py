@@ -95,20 +95,29 @@ def answers(name: str, setting: Setting, budget: Budget, *, ask: Predict = predi
 
 def largest_batch(setting: Setting, room_bytes: int, *, ask: Predict = predict) -> int:
     """The most examples a device can take at once, found on a line and then verified."""
-    one, two = ask(setting.with_batch(1)), ask(setting.with_batch(2))
-    if one.peak.total_bytes > room_bytes:
+
+    def needs(batch: int) -> int:
+        return ask(setting.with_batch(batch)).peak.total_bytes
+
+    one, two = needs(1), needs(2)
+    if one > room_bytes:
         return 0
-    phases = ("forward", "backward", "optimizer_step")
-    slopes = {p: max(0, two.phases[p].total_bytes - one.phases[p].total_bytes) for p in phases}
-    most = [
-        1 + (room_bytes - one.phases[p].total_bytes) // slope
-        for p, slope in slopes.items()
-        if slope
-    ]
-    batch = max(1, min([*most, MAX_BATCH]))
-    while batch > 1 and ask(setting.with_batch(batch)).peak.total_bytes > room_bytes:
-        batch -= max(1, batch // 50)
-    return batch
+    fits, guess = 1, _on_line(one, two - one, room_bytes)
+    too_large = guess + 1
+    # A peak is the highest of several lines, so the first guess may be too large.
+    while too_large - fits > max(1, fits // 50):
+        if needs(guess) <= room_bytes:
+            fits = guess
+        else:
+            too_large = guess
+        guess = (fits + too_large) // 2
+    return fits
+
+
+def _on_line(one: int, slope: float, room_bytes: int) -> int:
+    """The batch that fills the room if each further example takes `slope` bytes."""
+    most = 1 + int((room_bytes - one) // slope) if slope > 0 else MAX_BATCH
+    return max(1, min(most, MAX_BATCH))
 
 
 def _methods(setting: Setting, own: str) -> Iterator[tuple[str, Setting]]:

@@ -23,7 +23,7 @@ from peftkit.memory.gpu_kernels import gpu_kernels
 from peftkit.memory.known_values import OneEndTokenARow
 from peftkit.memory.storage_tape import Peak, largest
 from peftkit.modeling.fake_loading import FakeMemory, fake_model, quantisation_constants
-from peftkit.modeling.loading import held_dtype
+from peftkit.modeling.loading import QuietLoading, held_dtype
 from peftkit.modeling.parameters import set_precision, train_mode, transformer_blocks
 from peftkit.planning.setting import Setting, Shape
 from peftkit.training.config import TrainingConfig
@@ -134,7 +134,7 @@ def _joined(parts: Mapping[str, Peak]) -> dict[str, Peak]:
 def _traced(setting: Setting) -> tuple[dict[str, Peak], int]:
     """Peaks of the parts of one step, and the bytes of the largest block."""
     mode, options = FakeMemory(), setting.method.load_options()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), QuietLoading():
         # PEFT copies heads and asks whether their memory is there.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         model = fake_model(setting.config, setting.spec, options, mode)
