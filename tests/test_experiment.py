@@ -37,6 +37,12 @@ class Crash(BaseException):
 
 
 @pytest.fixture(autouse=True)
+def _no_prediction(monkeypatch):
+    """It takes a second a run and has tests of its own in tests/planning."""
+    monkeypatch.setattr(experiment, "foresee", lambda *arguments: None)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

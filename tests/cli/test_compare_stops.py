@@ -80,7 +80,11 @@ def status_of(name):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, "interrupted", marks=pytest.mark.slow),
+        (signal.SIGTERM, "terminated"),
+    ],
 )
 def test_a_signal_reaches_all_runs_at_work_and_starts_no_more(recipes, begin, number, status):
     behave(a_seed0="waits", b_seed0="waits")

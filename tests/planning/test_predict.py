@@ -24,6 +24,15 @@ METHODS = {
 }
 
 
+def cases(*quick):
+    """Every method with and without recomputation; those that are not `quick` are slow."""
+    return [
+        pytest.param(method, again, marks=[] if (method, again) in quick else pytest.mark.slow)
+        for method in METHODS
+        for again in (False, True)
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
     yield
@@ -54,8 +63,10 @@ def errors(record):
     }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "recompute"),
+    cases(*((m, False) for m in ("full", "top_layers", "lora", "qlora")), ("lora", True)),
+)
 def test_a_run_needs_what_was_predicted(recipe, method, recompute):
     record = run_experiment(recipe(METHODS[method], gradient_checkpointing=recompute))
     found = errors(record)
@@ -107,8 +118,7 @@ def test_a_prediction_that_fails_stops_no_run(recipe, monkeypatch):
     assert (record.status, record.predicted_allocated_bytes) == ("completed", None)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "recompute"), cases(("full", True), ("lora", False)))
 def test_a_deep_model_is_carried_on_from_two_short_ones(recipe, monkeypatch, method, recompute):
     setting = of_recipe(recipe(METHODS[method], gradient_checkpointing=recompute))
     setting.config.num_hidden_layers = 9
