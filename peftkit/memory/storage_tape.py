@@ -37,8 +37,8 @@ class Peak:
 class StorageTape(LiveStorages):
     """Counts like its parent and remembers each change, under the phase that was last begun."""
 
-    def __init__(self, device_type: str = "cpu") -> None:
-        super().__init__(device_type)
+    def __init__(self) -> None:
+        super().__init__()
         self._numbers: dict[int, int] = {}
         self._kinds: dict[int, Kind] = {}
         self._changes: list[tuple[str, int, int]] = []

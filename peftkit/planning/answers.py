@@ -10,7 +10,7 @@ from peftkit import plugins
 from peftkit.errors import MethodError
 from peftkit.planning.budget import Budget, gib
 from peftkit.planning.predict import Prediction, predict
-from peftkit.planning.setting import Setting
+from peftkit.planning.setting import Setting, Shape
 
 QUALITY_ORDER = ("full", "lora", "qlora", "top_layers")
 """From the best score to be expected down; docs/RESULTS.md has what was measured here. Full and
@@ -94,10 +94,10 @@ def answers(name: str, setting: Setting, budget: Budget, *, ask: Predict = predi
 
 
 def largest_batch(setting: Setting, room_bytes: int, *, ask: Predict = predict) -> int:
-    """The most examples a device can take at once, found on a line and then verified."""
+    """The most examples a device can train on at once, found on a line and then verified."""
 
     def needs(batch: int) -> int:
-        return ask(setting.with_batch(batch)).peak.total_bytes
+        return ask(setting.with_batch(batch)).training_bytes
 
     one, two = needs(1), needs(2)
     if one > room_bytes:
@@ -144,6 +144,8 @@ def _option(
 
 def _ways(setting: Setting, room: int, largest: int, ask: Predict) -> list[Option]:
     """Changes that make it fit, those that change no result first."""
+    if ask(setting).phases["evaluation"].total_bytes > room:
+        return _with_smaller_evaluation(setting, room, largest, ask)
     training, found = setting.training, list[Option]()
     checkpointed = replace(
         setting, training=training.model_copy(update={"gradient_checkpointing": True})
@@ -163,6 +165,22 @@ def _ways(setting: Setting, room: int, largest: int, ask: Predict) -> list[Optio
         changed = replace(setting, training=eight)
         found.append(_option("training.optimizer=adamw_8bit", changed, room, ask))
     return [option for option in found if option.fits]
+
+
+def _with_smaller_evaluation(
+    setting: Setting, room: int, largest: int, ask: Predict
+) -> list[Option]:
+    """As many examples at once as in training, and what else is needed with that."""
+    batch = min(setting.train.examples, largest or 1)
+    if batch >= setting.evaluation.examples:
+        return []
+    change = f"training.per_device_eval_batch_size={batch}"
+    smaller = replace(setting, evaluation=Shape(batch, setting.evaluation.tokens))
+    alone = _option(change, smaller, room, ask)
+    if alone.fits:
+        return [alone]
+    more = _ways(smaller, room, largest, ask)
+    return [replace(option, change=f"{change} {option.change}") for option in more]
 
 
 def _smaller(setting: Setting, largest: int, room: int, ask: Predict) -> Option:

@@ -56,6 +56,11 @@ class Prediction:
         """The highest of all phases."""
         return largest(self.phases.values())
 
+    @property
+    def training_bytes(self) -> int:
+        """The highest without evaluation, whose batches have a size of their own."""
+        return largest(p for name, p in self.phases.items() if name != "evaluation").total_bytes
+
     def by_record_phase(self) -> dict[str, int]:
         """Bytes under the names of a run record: load, train_step and eval.
 
@@ -78,24 +83,16 @@ def predict(setting: Setting) -> Prediction:
         MethodError: the method does not fit the model.
         SourceError: the model cannot be built.
     """
-    depth = _depth(setting.config)
-    if depth <= TRACED_DEPTH or not _is_uniform(setting.config):
-        parts, block = _traced(setting)
-        return Prediction(_joined(parts), block, setting.on_gpu)
+    depth = int(setting.config.get_text_config().num_hidden_layers)
     # The first block, the last two, and those that the method treats in a way of their own.
     short = getattr(setting.method_section, "num_layers", 0) + 3
-    if short + 1 >= depth:
+    if depth <= max(TRACED_DEPTH, short + 1) or not _is_uniform(setting.config):
         parts, block = _traced(setting)
-        return Prediction(_joined(parts), block, setting.on_gpu)
-    low, block = _traced(_of_depth(setting, short))
-    high, _ = _traced(_of_depth(setting, short + 1))
-    steps = depth - short
-    grown = {part: _line(low[part], high[part], steps) for part in low}
-    return Prediction(_joined(grown), block, setting.on_gpu)
-
-
-def _depth(config: PretrainedConfig) -> int:
-    return int(config.get_text_config().num_hidden_layers)
+    else:
+        low, block = _traced(_of_depth(setting, short))
+        high, _ = _traced(_of_depth(setting, short + 1))
+        parts = {part: _line(low[part], high[part], depth - short) for part in low}
+    return Prediction(_joined(parts), block, setting.on_gpu)
 
 
 def _is_uniform(config: PretrainedConfig) -> bool:

@@ -24,6 +24,7 @@ class Setting:
     method: object
     training: TrainingConfig
     train: Shape = field(default_factory=lambda: Shape(32, 128))
+    evaluation: Shape = field(default_factory=lambda: Shape(0, 128))
 
     @property
     def method_section(self):
@@ -48,7 +49,8 @@ def ask(wanted):
     each = (10 if wanted.training.gradient_checkpointing else 100) * 2**20
     held = WEIGHTS[wanted.method_type]
     peak = Peak(held + each * wanted.train.examples, {"base_weights": held})
-    rest = {name: Peak(held, {"base_weights": held}) for name in ("load", "evaluation")}
+    scoring = Peak(held + 20 * 2**20 * wanted.evaluation.examples, {"base_weights": held})
+    rest = {"load": Peak(held, {"base_weights": held}), "evaluation": scoring}
     phases = dict.fromkeys(("forward", "backward", "optimizer_step"), peak) | rest
     return Prediction(phases, block_bytes=2**20)
 
@@ -86,6 +88,17 @@ def test_what_does_not_fit_is_made_to_fit_first_by_what_changes_no_result():
     )
     assert found.sentence.endswith(
         "over 4.0 GiB; with training.gradient_checkpointing=true it needs 2.3 GiB and fits."
+    )
+
+
+def test_where_evaluation_is_what_does_not_fit_its_batches_are_made_smaller():
+    large = replace(setting(), evaluation=Shape(512, 128))
+    found = answers("sst2", large, Budget("budget", 6 * GIB), ask=ask)
+    assert (found.fits, found.largest_batch) == (False, largest_batch(setting(), 6 * GIB, ask=ask))
+    assert [way.change for way in found.ways] == ["training.per_device_eval_batch_size=32"]
+    tight = answers("sst2", large, Budget("budget", 4 * GIB), ask=ask)
+    assert tight.ways[0].change == (
+        "training.per_device_eval_batch_size=20 training.gradient_checkpointing=true"
     )
 
 
