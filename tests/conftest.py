@@ -95,6 +95,16 @@ def save_data(folder: Path, *, train: int = 96, validation: int = 33) -> Path:
     return folder
 
 
+@pytest.fixture
+def fresh_accelerate_state():
+    """Accelerate keeps the first process's settings; after the test they are forgotten."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"))

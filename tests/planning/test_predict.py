@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 
 from peftkit import experiment
 from peftkit.experiment import run_experiment
@@ -33,11 +32,7 @@ def cases(*quick):
     ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 @pytest.fixture

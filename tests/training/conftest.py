@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.nn import functional
 
@@ -87,10 +86,8 @@ def toy():
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def _in_a_fresh_state(fresh_accelerate_state):
+    pass
 
 
 @pytest.fixture
