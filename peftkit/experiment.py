@@ -15,7 +15,7 @@ from peftkit.errors import RegistryError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
-from peftkit.modeling.parameters import count_parameters, set_precision
+from peftkit.modeling.parameters import checkpoint_activations, count_parameters, set_precision
 from peftkit.planning.of_run import foresee
 from peftkit.recipe import Recipe
 from peftkit.registry import Registry, default_root, root_problem
@@ -27,7 +27,7 @@ from peftkit.run_folder import OnExists, claimed
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.loop import Trainer
 from peftkit.training.signals import StopRequest
-from peftkit.training.start import start_accelerator
+from peftkit.training.start import place, start_accelerator
 from peftkit.training.state import Job
 
 PREDICTIONS = "predictions.parquet"
@@ -87,8 +87,9 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files
         prepared = method.prepare(model)
         set_precision(prepared, held_dtype(spec, options))
+        place(prepared, accelerator)
     if recipe.training.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     facts.parameters = count_parameters(prepared)
     _say(accelerator, "training {:,} of {:,} parameters".format(*facts.parameters))
 

@@ -115,6 +115,15 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
+def checkpoint_activations(model: PreTrainedModel, *, preserve_rng_state: bool = True) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them, in place."""
+    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    # Earlier releases of transformers 5 have it under its old name.
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def set_precision(model: nn.Module, frozen_dtype: torch.dtype) -> None:
     """Hold frozen floating-point parameters in `frozen_dtype` and trainable ones in float32.
 
@@ -168,9 +177,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and total numbers of parameters; a 4-bit weight counts its unpacked elements."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(_elements(p) for p in model.parameters())
+    return trainable, sum(elements(p) for p in model.parameters())
 
 
-def _elements(parameter: nn.Parameter) -> int:
+def elements(parameter: nn.Parameter) -> int:
+    """Numbers that a parameter stands for; of packed 4-bit weights, those they unpack into."""
     state: Any = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())

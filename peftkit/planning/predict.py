@@ -24,7 +24,12 @@ from peftkit.memory.known_values import OneEndTokenARow
 from peftkit.memory.storage_tape import Peak, largest
 from peftkit.modeling.fake_loading import FakeMemory, fake_model, quantisation_constants
 from peftkit.modeling.loading import QuietLoading, held_dtype
-from peftkit.modeling.parameters import set_precision, train_mode, transformer_blocks
+from peftkit.modeling.parameters import (
+    checkpoint_activations,
+    set_precision,
+    train_mode,
+    transformer_blocks,
+)
 from peftkit.planning.setting import Setting, Shape
 from peftkit.training.config import TrainingConfig
 from peftkit.training.optimizers import build_optimizer
@@ -144,9 +149,7 @@ def _traced(setting: Setting) -> tuple[dict[str, Peak], int]:
             prepared = setting.method.prepare(model)
             set_precision(prepared, held_dtype(setting.spec, options))
             if setting.training.gradient_checkpointing:
-                model.activation_checkpointing_enable(
-                    {"use_reentrant": False, "preserve_rng_state": False}
-                )
+                checkpoint_activations(model, preserve_rng_state=False)
             train_mode(prepared)
             job = _job(setting, prepared, blocks)
             parts = trace(job, quantisation=list(quantisation_constants(prepared)))

@@ -8,7 +8,8 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from torch import nn
 
 from peftkit.errors import RunError
 from peftkit.training.config import TrainingConfig
@@ -41,6 +42,12 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             file=sys.stderr,
         )
     return accelerator
+
+
+def place(model: nn.Module, accelerator: Accelerator) -> None:
+    """Move a prepared model to this process's device, in place, unless it will be sharded there."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        model.to(accelerator.device)
 
 
 def _usable_cores() -> int:

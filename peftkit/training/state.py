@@ -20,7 +20,7 @@ StepBatches = list[tuple[MicroBatch, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and where to keep it. `model` is prepared by the method and on the CPU."""
+    """What to train and where to keep it. `model` is prepared by the method."""
 
     model: nn.Module
     groups: Sequence[ParameterGroup]
