@@ -8,11 +8,12 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from peftkit.errors import RunError
 from peftkit.training.config import TrainingConfig
+from peftkit.training.sharded import will_shard
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
@@ -46,7 +47,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
 
 def place(model: nn.Module, accelerator: Accelerator) -> None:
     """Move a prepared model to this process's device, in place, unless it will be sharded there."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if not will_shard(accelerator):
         model.to(accelerator.device)
 
 
