@@ -22,7 +22,7 @@ from peftkit.registry import Registry, default_root, root_problem
 from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
-from peftkit.run_facts import RunFacts, is_out_of_memory, status_of
+from peftkit.run_facts import RunFacts, is_out_of_memory, lost_process, status_of
 from peftkit.run_folder import OnExists, claimed
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.loop import Trainer
@@ -45,7 +45,9 @@ def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunReco
         PeftkitError: the run could not start, or did not complete; in the latter case the record
             in the run's folder says so too.
     """
-    accelerator = start_accelerator(recipe.training)
+    _, method = _build(recipe)
+    quantised = method.load_options().quantisation is not None
+    accelerator = start_accelerator(recipe.training, quantised=quantised)
     check_name(recipe.name)
     if problem := root_problem(default_root()):
         raise RunError(f"registry {default_root()}: {problem}; name another in PEFTKIT_REGISTRY")
@@ -59,7 +61,10 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
         with StopRequest().listening() as stop:
             _carry_out(facts, stop, resume=on_exists == "resume")
     except BaseException as error:  # however it ended, the record comes first
-        _finish(facts, status_of(error), error)
+        lost = lost_process(error)
+        _finish(facts, status_of(error), lost or error)
+        if lost:
+            raise lost from error
         if is_out_of_memory(error):
             raise RunError(_out_of_memory_line(facts)) from error
         raise

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from peftkit.contracts import Delta, LoadOptions, TaskData
 from peftkit.data.sources import Located
-from peftkit.errors import Interrupted, NonFiniteError, PeftkitError
+from peftkit.errors import Interrupted, NonFiniteError, PeftkitError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.config import described
 from peftkit.modeling.identity import base_digest, tokenizer_digest
@@ -34,6 +34,8 @@ from peftkit.reporting.record import (
 )
 from peftkit.training.evaluation import Evaluation
 from peftkit.training.state import TrainState
+
+MAX_REASON_CHARACTERS = 160
 
 
 @dataclass
@@ -216,6 +218,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def lost_process(error: BaseException) -> RunError | None:
+    """What to say if another process of the run is gone; torch has no error class for gloo's."""
+    text = str(error)
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in text
+    if isinstance(error, torch.distributed.DistError) or by_gloo:
+        return RunError(
+            "another process of this run ended or cannot be reached any more; the reason is with "
+            "that process or its launcher, and --resume goes on after the last checkpoint "
+            f"({' '.join(text.split())[:MAX_REASON_CHARACTERS]})"
+        )
+    return None
 
 
 def worded(error: BaseException) -> str:
