@@ -23,7 +23,7 @@ from peftkit.modeling.parameters import elements
 from peftkit.planning.predict import predict
 from peftkit.planning.setting import Shape
 
-SHAPE = Shape(8, 512)
+SHAPE = Shape(8, 512, padded=False)
 STEPS = 12
 COMMON = {"vocab_size": 128256, "pad_token_id": 0, "max_position_embeddings": 8192}
 MODELS: dict[str, dict[str, int]] = {
@@ -121,7 +121,7 @@ def _case(
 ) -> dict[str, Any]:
     setting = _setting(work, model, method)
     started = time.perf_counter()
-    train = rows(STEPS * SHAPE.examples, SHAPE.tokens)
+    train = rows(STEPS * SHAPE.examples, SHAPE)
     trainer, meter = trained(Path(work) / model, setting, train)
     seconds = time.perf_counter() - started
     state = trainer.state

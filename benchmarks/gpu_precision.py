@@ -37,10 +37,14 @@ def check() -> dict[str, Any]:
         config = Where().config("llama")
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
         rows = [_row(folder, method, name) for name in BOUNDS for method in METHODS]
-    met = all(
-        row[name] <= bound for row in rows for name, bound in BOUNDS[row["precision"]].items()
-    )
-    return {"bounds": BOUNDS, "all_within_bounds": met, "rows": rows}
+    return {"bounds": BOUNDS, "all_within_bounds": all(map(_within, rows)), "rows": rows}
+
+
+def _within(row: dict[str, Any]) -> bool:
+    bounds = dict(BOUNDS[row["precision"]])
+    if row["method"] == "qlora" and row["precision"] != "no":
+        del bounds["cpu_float32"]
+    return all(row[name] <= bound for name, bound in bounds.items())
 
 
 def _row(folder: Path, method: str, precision: str) -> dict[str, Any]:

@@ -94,13 +94,13 @@ def task() -> Classification:
     return made
 
 
-def rows(count: int, tokens: int) -> Split:
-    """Texts of one length; every second is a token shorter, so that there is padding."""
-    made = [
-        {"input_ids": [5] * (tokens - i % 2 - 1) + [1], "attention_mask": [1] * (tokens - i % 2)}
-        | {"label": i % 2}
-        for i in range(count)
-    ]
+def rows(count: int, shape: Shape) -> Split:
+    """Texts of one length; if the shape is padded every second is a token shorter."""
+    made = []
+    for i in range(count):
+        length = shape.tokens - i % 2 * shape.padded
+        row = {"input_ids": [5] * (length - 1) + [1], "attention_mask": [1] * length}
+        made.append({**row, "label": i % 2})
     return Split("train", made, "sha256:" + "0" * 64)
 
 
@@ -133,7 +133,7 @@ def trained(folder: Path, setting: Setting, train: Split) -> tuple[Trainer, Memo
     with work:
         trainer.fit(StopRequest())
     count = setting.evaluation.examples
-    trainer.evaluator.evaluate(trainer.model, setting.task, rows(count, setting.evaluation.tokens))
+    trainer.evaluator.evaluate(trainer.model, setting.task, rows(count, setting.evaluation))
     return trainer, meter
 
 
@@ -168,7 +168,7 @@ def cell(
     folder = Path(work) / name
     setting = setting_of(folder, method_name, shape, where, checkpointing=checkpointing)
     found = predict(setting).by_record_phase()
-    _, meter = trained(folder, setting, rows(3 * shape.examples, shape.tokens))
+    _, meter = trained(folder, setting, rows(3 * shape.examples, shape))
     peaks = meter.result()
     gc.collect()
     row = {

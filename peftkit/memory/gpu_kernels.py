@@ -1,8 +1,15 @@
 """What a GPU's kernels keep in memory otherwise than a CPU's, on fake tensors of a CPU.
 
-Called by the planner: a torch without CUDA has no fake CUDA tensors. The fused attention kernels of
-both devices keep the output and one number a row, but a CPU's takes no dropout; autocast on CUDA
-computes norms and softmax in float32. Source: torch docs, "CUDA Ops that can autocast to float32".
+Called by the planner: a torch without CUDA has no fake CUDA tensors. Held to an H200 in
+`docs/planner.md`.
+
+- The fused attention kernels of both devices keep the output and one number a row, but a CPU's
+  takes no dropout.
+- Dropout keeps a byte an element on CUDA, and the element's own type on a CPU.
+- Autocast on CUDA computes norms and softmax in float32. Source: torch docs, "CUDA Ops that can
+  autocast to float32".
+- PEFT's layers over 4-bit weights ask whether autocast is on without naming a device, which means
+  CUDA, and copy their input only if it is not.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,9 +38,16 @@ class _GpuKernels(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is functional.scaled_dot_product_attention:
             args, kwargs["dropout_p"] = args[:4] + args[5:], 0.0
+        if func is functional.dropout and kwargs.get("training", _argument(args, 2, True)):
+            chance = kwargs.get("p", _argument(args, 1, 0.5))
+            return torch.native_dropout(args[0], chance, True)[0] if chance else args[0]
         if self._casts and func in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
             args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
+
+
+def _argument(args: tuple[Any, ...], place: int, default: Any) -> Any:
+    return args[place] if len(args) > place else default
 
 
 @contextmanager
@@ -42,5 +56,10 @@ def gpu_kernels(mixed_precision: str, *, active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    with _GpuKernels(mixed_precision):
-        yield
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", mixed_precision != "no")
+    try:
+        with _GpuKernels(mixed_precision):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)

@@ -10,7 +10,7 @@ from peftkit import plugins
 from peftkit.errors import MethodError
 from peftkit.planning.budget import Budget, gib
 from peftkit.planning.predict import Prediction, predict
-from peftkit.planning.setting import Setting, Shape
+from peftkit.planning.setting import Setting
 
 QUALITY_ORDER = ("full", "lora", "qlora", "top_layers")
 """From the best score to be expected down; docs/RESULTS.md has what was measured here. Full and
@@ -175,7 +175,7 @@ def _with_smaller_evaluation(
     if batch >= setting.evaluation.examples:
         return []
     change = f"training.per_device_eval_batch_size={batch}"
-    smaller = replace(setting, evaluation=Shape(batch, setting.evaluation.tokens))
+    smaller = replace(setting, evaluation=replace(setting.evaluation, examples=batch))
     alone = _option(change, smaller, room, ask)
     if alone.fits:
         return [alone]

@@ -203,8 +203,9 @@ def _optimizer(training: TrainingConfig, groups: list[ParameterGroup]) -> Optimi
 def _batch(setting: Setting, shape: Shape) -> Batch:
     size = (shape.examples, shape.tokens)
     dtype = torch.float32 if setting.regression else torch.int64
-    return {
+    batch = {
         "input_ids": torch.zeros(size, dtype=torch.int64),
-        "attention_mask": torch.ones(size, dtype=torch.int64),
         "labels": torch.zeros(shape.examples, dtype=dtype),
     }
+    # A mask of ones is looked at and dropped; a fake one cannot be looked at.
+    return batch | ({"attention_mask": torch.ones(size, dtype=torch.int64)} if shape.padded else {})

@@ -31,6 +31,8 @@ class Shape:
     examples: int
     tokens: int
     """Of each example, padding included."""
+    padded: bool = True
+    """Whether some are shorter: with a mask attention keeps more, or runs another kernel."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Setting:
 
     def with_batch(self, examples: int) -> "Setting":
         """The same with another per-device batch size."""
-        return replace(self, train=Shape(examples, self.train.tokens))
+        return replace(self, train=replace(self.train, examples=examples))
 
 
 def of_recipe(
@@ -139,7 +141,10 @@ def config_folder(base: BaseConfig) -> Path:
 
 
 def _widest(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> Shape:
-    shapes = [Shape(len(batch), max(lengths[i] for i in batch)) for batch in batches]
+    shapes = []
+    for batch in batches:
+        own = [lengths[i] for i in batch]
+        shapes.append(Shape(len(own), max(own), padded=min(own) < max(own)))
     return max(shapes, key=lambda shape: shape.examples * shape.tokens)
 
 

@@ -29,7 +29,7 @@ from peftkit.training.evaluation import Evaluator
 from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
 from peftkit.training.progress import Progress
-from peftkit.training.sharded import scalar
+from peftkit.training.sharded import scalar, shard_by_blocks
 from peftkit.training.signals import StopRequest
 from peftkit.training.snapshots import Snapshots
 from peftkit.training.state import Job, StepBatches, StepResult, TrainState
@@ -45,6 +45,7 @@ class Trainer:
         self.job, self.config, self.meter = job, job.config, meter
         self.accelerator = accelerator
         optimizer = build_optimizer(job.config, job.groups)
+        shard_by_blocks(accelerator, job.model)
         self.model, self.optimizer = accelerator.prepare(job.model, optimizer)
         self.state = TrainState()
         self._metering_done = False

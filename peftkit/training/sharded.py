@@ -16,10 +16,33 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from peftkit.errors import MethodError
+from peftkit.modeling.parameters import transformer_blocks
+
 
 def will_shard(accelerator: Accelerator) -> bool:
     """Whether `accelerator.prepare` shares out the parameters of a model."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def shard_by_blocks(accelerator: Accelerator, model: nn.Module) -> None:
+    """Tell FSDP2 to gather block by block, where the launch did not name the modules.
+
+    Left alone Accelerate takes transformers' list, which names the embeddings of a BERT beside its
+    blocks, and then fails on them, as it shards input embeddings by themselves.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is not None:
+        return
+    inner: Any = getattr(model, "get_base_model", None)
+    bare: Any = inner() if inner else model
+    try:
+        blocks = transformer_blocks(bare)
+    except MethodError:  # an encoder and a decoder: Accelerate's own list will do
+        return
+    plugin.transformer_cls_names_to_wrap = [type(blocks[0]).__name__]
 
 
 def is_sharded(model: nn.Module) -> bool:
