@@ -26,6 +26,7 @@ from peftkit.run_facts import RunFacts, is_out_of_memory, lost_process, status_o
 from peftkit.run_folder import OnExists, claimed
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.loop import Trainer
+from peftkit.training.sharded import make_whole, will_shard
 from peftkit.training.signals import StopRequest
 from peftkit.training.start import place, start_accelerator
 from peftkit.training.state import Job
@@ -88,7 +89,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
     facts.predicted = foresee(recipe, data, spec, accelerator)
     set_seed(recipe.seed)
     with facts.timed("load"), meter.phase("load"):
-        model = load_model(base.path, spec, options)
+        model = load_model(base.path, spec, options, to_be_sharded=will_shard(accelerator))
         model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files
         prepared = method.prepare(model)
         set_precision(prepared, held_dtype(spec, options))
@@ -119,6 +120,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
 
     scored = facts.validation = trainer.evaluator.evaluate(trainer.model, task, data.validation)
     stop.check()
+    make_whole(trainer.model)
     if accelerator.is_main_process:
         write_predictions(folder / PREDICTIONS, scored.columns)
         facts.predictions = PREDICTIONS

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from peftkit.errors import RunError
 from peftkit.modeling.parameters import trainable_parameters
 from peftkit.staging import STAGING_PREFIX, sha256_files, staged_folder, write_file
+from peftkit.training.sharded import shared_out, whole
 
 _MANIFEST = "manifest.json"
 _KEPT = 2
@@ -75,12 +76,12 @@ class CheckpointFolder:
             raise RunError(f"{self.folder}: no checkpoint is whole; start again with --overwrite")
         return None
 
-    def save_best(self, step: int, model: nn.Module) -> None:
+    def save_best(self, step: int, trained: Mapping[str, Tensor]) -> None:
         """Keep the trained parameters of the best evaluation so far."""
         target = self.folder / f"best-{step:08d}"
         if not target.exists():
             with staged_folder(target) as staging:
-                save_file(trained_copy(model), staging / "trained.safetensors")
+                save_file(dict(trained), staging / "trained.safetensors")
                 _write_manifest(staging)
 
     def load_best(self, step: int, model: nn.Module) -> None:
@@ -120,8 +121,9 @@ class CheckpointFolder:
 
 
 def trained_copy(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, copied to the CPU."""
-    return {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model).items()}
+    """The parameters that train, whole, copied to the CPU; for every process to call."""
+    trained = trainable_parameters(model)
+    return {n: whole(p.detach()).to("cpu", copy=True) for n, p in trained.items()}
 
 
 def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -135,7 +137,7 @@ def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise RunError("the checkpoint is of another model or method: trained parameters differ")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(shared_out(tensors[name], parameter))
 
 
 def _write_manifest(folder: Path) -> None:

@@ -6,11 +6,11 @@ Called by the experiment before anything is loaded; what can be wrong is in `lau
 import os
 import socket
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 
 from peftkit.errors import SharedError
@@ -23,8 +23,7 @@ from peftkit.training.launched import (
     read_launch,
     version_problems,
 )
-
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+from peftkit.training.sharded import will_shard
 
 
 def start_accelerator(config: TrainingConfig, *, quantised: bool = False) -> Accelerator:
@@ -88,10 +87,17 @@ def _machines(accelerator: Accelerator) -> int:
     Raises:
         SharedError: the processes have different versions of a library.
     """
-    own = {name: version(name) for name in LIBRARIES} | {"machine": socket.gethostname()}
+    own = {name: _version(name) for name in LIBRARIES} | {"machine": socket.gethostname()}
     everyone = gather_object([own])
     _refuse(version_problems(everyone))
     return len({one["machine"] for one in everyone})
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a folder of sources
+        return "not installed"
 
 
 def _lines(accelerator: Accelerator, machines: int) -> list[str]:
@@ -121,7 +127,7 @@ def _lines(accelerator: Accelerator, machines: int) -> list[str]:
 
 def place(model: nn.Module, accelerator: Accelerator) -> None:
     """Move a prepared model to this process's device, in place, unless it will be sharded there."""
-    if accelerator.distributed_type not in SHARDED:
+    if not will_shard(accelerator):
         model.to(accelerator.device)
 
 
