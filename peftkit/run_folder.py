@@ -43,8 +43,8 @@ def claimed(
     Every process learns the outcome. The lock goes with the process, however that ends.
 
     Raises:
-        SharedError: another run is at work in the folder; it exists and must not be touched, or cannot
-            be made; or the recipe to resume differs from the one that the run was started with.
+        SharedError: another run is at work in the folder; it exists and must not be touched, or
+            cannot be made; or the recipe to resume differs from that which the run began with.
     """
     from accelerate.utils import broadcast_object_list
 

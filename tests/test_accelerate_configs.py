@@ -195,3 +195,23 @@ def test_the_command_of_the_header_runs(name, ran, recipe):
     )
     assert done.returncode == 0, done.stderr
     assert_ran(*ran, done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the machine has the hardware")
+@pytest.mark.parametrize(
+    ("name", "processes", "said"),
+    [
+        ("ddp", 2, "launch: 2 processes were started for GPUs, and this machine has none; "),
+        ("fsdp2", 2, "launch: FSDP is asked for and needs GPUs; "),
+        ("gpu_bf16", 1, "launch: mixed precision bf16 was launched without naming the CPU, "),
+        ("gpu_fp16", 1, "launch: mixed precision fp16 needs a GPU, and this run is on the CPU; "),
+    ],
+)
+def test_absent_hardware_is_one_line_from_one_process(name, processes, said, recipe, capfd):
+    extra = ["--config_file", str(path_of(name)), "--num_processes", str(processes)]
+    assert main(["run", str(recipe), "--", *extra, "--main_process_port", "0"]) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+    assert not Path("runs").exists()
