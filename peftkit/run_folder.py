@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit import yaml_source
-from peftkit.errors import RecipeError, RunError
+from peftkit.errors import RecipeError, RunError, SharedError
 from peftkit.recipe import Recipe, resolved_yaml
 from peftkit.reporting.gathering import LAUNCH_FILE
 from peftkit.reporting.record import read_record
@@ -43,8 +43,8 @@ def claimed(
     Every process learns the outcome. The lock goes with the process, however that ends.
 
     Raises:
-        RunError: another run is at work in the folder; it exists and must not be touched, or cannot
-            be made; or the recipe to resume differs from the one that the run was started with.
+        SharedError: another run is at work in the folder; it exists and must not be touched, or
+            cannot be made; or the recipe to resume differs from that which the run began with.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -54,7 +54,7 @@ def claimed(
             problem[0] = _claim(folder, resolved_yaml(recipe), on_exists, held)
         broadcast_object_list(problem)
         if problem[0]:
-            raise RunError(problem[0])
+            raise SharedError(problem[0])
         yield
 
 

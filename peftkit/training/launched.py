@@ -148,6 +148,12 @@ def fit_problems(
     zero = strategy == DistributedType.DEEPSPEED.value
     name = f"ZeRO-{zero_stage}" if zero else strategy
     problems = []
+    if zero:
+        problems.append(
+            f"launch: {name}: DeepSpeed updates the weights within the backward pass, and holds "
+            "them in 16 bits; accumulation, the stop at NaN and float32 weights would not be what "
+            "peftkit promises; take accelerate_configs/fsdp2.yaml, which shares out the same"
+        )
     if quantised and zero and zero_stage == 3:
         problems.append(
             "method: a base in 4 bits cannot be shared out by ZeRO-3; take "

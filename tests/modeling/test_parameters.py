@@ -132,6 +132,15 @@ def test_what_trains_is_float32_and_what_is_frozen_is_as_the_run(base_of, sectio
         assert dtypes(model) == (expected, F32, integers)
 
 
+@pytest.mark.parametrize("section", [FULL, TOP, LORA, QLORA])
+def test_in_fp16_no_method_trains_a_weight_of_16_bits(base_of, section):
+    method = tiny_runs.make_method(section)
+    model = tiny_runs.prepare(base_of("bert"), method, mixed_precision="fp16")
+    frozen, trained, _ = dtypes(model)
+    assert trained == F32
+    assert frozen == (set() if section is FULL else {torch.float16})
+
+
 def test_a_norm_is_held_in_one_dtype(base_of):
     method = tiny_runs.make_method(LORA | {"bias": "all"})
     model = tiny_runs.prepare(base_of("bert"), method, mixed_precision="bf16")
