@@ -224,8 +224,8 @@ def test_out_of_memory_leaves_a_record_and_an_advice(recipe, monkeypatch, how):
         run_experiment(recipe())
     assert str(raised.value) == (
         "out of memory; halve training.per_device_train_batch_size (8) and double "
-        "training.gradient_accumulation_steps, which changes nothing else, or set "
-        "training.gradient_checkpointing: true"
+        "training.gradient_accumulation_steps, which changes nothing else "
+        "(training.auto_batch_size: true does both), or set training.gradient_checkpointing: true"
     )
     record = read_record(FOLDER / "record.json")
     assert record.status == "out_of_memory"
