@@ -1,14 +1,14 @@
 """Writing a checkpoint beside copying the same bytes.
 
-Stands beside peftkit; drives `peftkit.training.snapshots` on a model with an AdamW that has stepped.
+Stands beside peftkit; drives `peftkit.training.snapshots` with an AdamW that has stepped.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint_speed.py \
         --out benchmarks/results/checkpoint_speed.json
 
 A checkpoint takes the trained parameters, the optimizer's state and the random numbers from memory,
 writes, hashes, forces to disk and renames them. A copy takes the files of such a checkpoint from
-the page cache, writes them to the same disk and forces each and their folder to it, and hashes
-nothing. Both in turn, each into a fresh folder, each first every other round.
+the page cache, writes them to the same disk and forces each and their folder to it; it hashes
+nothing, or what it has read. All in turn, each into a fresh folder, each first every other round.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftkit.memory.meter import MemoryMeter
-from peftkit.staging import fsync_path
+from peftkit.staging import fsync_path, sha256_file
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.snapshots import Snapshots
 from peftkit.training.state import TrainState
@@ -65,10 +65,12 @@ def take(snapshots: Snapshots) -> None:
     snapshots.take(TrainState(step=1, losses=[0.5] * 100))
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path, *, hashed: bool = False) -> None:
     """Copy a folder and force it to disk."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
+        if hashed:
+            sha256_file(file)
         shutil.copyfile(file, target / file.name)
         fsync_path(target / file.name)
     fsync_path(target)
@@ -84,10 +86,10 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def compare(work: Path, megabytes: int, rounds: int) -> dict[str, object]:
-    """Both arms in turn, in fresh folders."""
+    """All arms in turn, in fresh folders."""
     accelerator, model = Accelerator(cpu=True), trained_model(megabytes)
     optimizer, meter = stepped(model), MemoryMeter(accelerator.device)
-    times: dict[str, list[float]] = {"checkpoint": [], "copy": []}
+    times: dict[str, list[float]] = {"checkpoint": [], "copy": [], "copy_and_hash": []}
 
     def snapshots(folder: Path) -> Snapshots:
         return Snapshots(accelerator, model, optimizer, meter, CheckpointFolder(folder), {})
@@ -99,6 +101,7 @@ def compare(work: Path, megabytes: int, rounds: int) -> dict[str, object]:
         arms = {
             "checkpoint": partial(take, snapshots(folder / "own")),
             "copy": partial(copy, source, folder / "copy"),
+            "copy_and_hash": partial(copy, source, folder / "hashed", hashed=True),
         }
         for name in sorted(arms, reverse=bool(number % 2)):
             times[name].append(seconds(arms[name]))
@@ -115,8 +118,11 @@ def summary(times: dict[str, list[float]]) -> dict[str, object]:
         name: {"minimum": round(min(all_), 4), "median": round(median(all_), 4)}
         for name, all_ in times.items()
     }
-    own, copied = rows["checkpoint"], rows["copy"]
-    ratios = {f"over_copy_{kind}": round(own[kind] / copied[kind], 3) for kind in own}
+    own = rows["checkpoint"]
+    ratios = {
+        f"over_{name}": {kind: round(own[kind] / rows[name][kind], 3) for kind in own}
+        for name in ("copy", "copy_and_hash")
+    }
     return {"seconds": rows, **ratios}
 
 

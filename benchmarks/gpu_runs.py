@@ -1,8 +1,8 @@
-"""The check `runs` of `gpu_check`: recipes through the launcher, and one run stopped and resumed.
+"""The check `runs` of `gpu_check`: recipes through the launcher, sharded, and stopped and resumed.
 
 Each recipe trains for a few hundred steps in bf16, side by side with the others, and leaves its
-record as any run does. The resumed run gets SIGTERM in the middle and is compared with the one that
-was left alone, step by step.
+record as any run does; three of them once more under FSDP2 with one process. The resumed run gets
+SIGTERM in the middle and is compared with the one that was left alone, step by step.
 """
 
 import json
@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full", "top_layers", "lora", "qlora")
+SHARDED = {"full": "fsdp2", "lora": "fsdp2", "qlora": "fsdp2_qlora"}
+"""Method → the file of accelerate_configs/ under which it is run once more."""
 STEPS, SAVE_EVERY, STOP_AFTER = 300, 50, 120
 SETTINGS = (
     f"training.max_steps={STEPS}",
@@ -28,36 +30,45 @@ TIMEOUT_SECONDS = 240
 
 def check() -> dict[str, Any]:
     """What the records of the runs say, and how far the resumed run differs."""
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        started = {method: _start(work, f"{method}_sst2") for method in METHODS}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        started = {f"{method}_sst2": _start(work, f"{method}_sst2") for method in METHODS}
+        for method, config in SHARDED.items():
+            name = f"{method}_sharded"
+            started[name] = _start(work, f"{method}_sst2", f"name={name}", config=config)
         stopped = _start(work, "lora_sst2", "name=stopped")
         _stop_in_the_middle(stopped, work / "runs/stopped-seed0/log.jsonl")
         resumed = _start(work, "lora_sst2", "name=stopped", "--resume")
         for process in (*started.values(), resumed):
             process.wait(TIMEOUT_SECONDS)
-        rows = [_row(work, f"{method}_sst2") for method in METHODS]
-        alone, other = (_log(work / f"runs/{n}-seed0") for n in ("lora_sst2", "stopped"))
+        rows = [_row(work, name) for name in started]
+        logs = {name: _log(work / f"runs/{name}-seed0") for name in (*started, "stopped")}
+    differences = {
+        f"{method}_sharded": _difference(logs[f"{method}_sst2"], logs[f"{method}_sharded"])
+        for method in SHARDED
+    }
     return {
         "runs": rows,
         "stopped_with": stopped.returncode,
         "resumed_with": resumed.returncode,
-        "resume_largest_loss_difference": max(abs(alone[s] - other[s]) for s in alone),
+        "largest_loss_difference": {
+            "resumed": _difference(logs["lora_sst2"], logs["stopped"]),
+            **differences,
+        },
     }
 
 
-def _start(work: Path, recipe: str, *words: str) -> subprocess.Popen[bytes]:
-    arguments = [str(RECIPES / f"{recipe}.yaml"), *SETTINGS, *words]
-    command = [
-        sys.executable,
-        "-m",
-        "peftkit",
-        "run",
-        *arguments,
-        "--",
-        "--mixed_precision",
-        "bf16",
-    ]
+def _difference(one: dict[int, float], other: dict[int, float]) -> float:
+    return max((abs(one[s] - other[s]) for s in one.keys() & other.keys()), default=float("nan"))
+
+
+def _start(
+    work: Path, recipe: str, *words: str, config: str = "gpu_bf16"
+) -> subprocess.Popen[bytes]:
+    arguments = [str(ROOT / f"recipes/{recipe}.yaml"), *SETTINGS, *words]
+    launched = ["--config_file", str(ROOT / f"accelerate_configs/{config}.yaml")]
+    launched += ["--num_processes", "1"]
+    command = [sys.executable, "-m", "peftkit", "run", *arguments, "--", *launched]
     environment = {**os.environ, "PEFTKIT_REGISTRY": str(work / "registry"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=work, env=environment)
 
@@ -74,13 +85,18 @@ def _stop_in_the_middle(process: subprocess.Popen[bytes], log: Path) -> None:
 
 def _log(folder: Path) -> dict[int, float]:
     """Step → loss."""
+    if not (folder / "log.jsonl").exists():
+        return {}
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def _row(work: Path, name: str) -> dict[str, Any]:
-    record = json.loads((work / f"runs/{name}-seed0/record.json").read_text())
-    kept = ("name", "status", "error", "metrics", "tokens_per_second", "examples_per_second")
+    path = work / f"runs/{name}-seed0/record.json"
+    if not path.exists():
+        return {"name": name, "status": "failed", "error": "left no record"}
+    record = json.loads(path.read_text())
+    kept = ("name", "status", "error", "metrics", "distributed_type", "examples_per_second")
     row = {key: record[key] for key in kept}
     predicted = record["predicted_allocated_bytes"] or {}
     for phase, peak in record["memory"].items():

@@ -49,6 +49,10 @@ class RunError(PeftkitError):
     """A run that cannot start or go on: folder exists, launch mismatch, non-finite loss."""
 
 
+class SharedError(RunError):
+    """A `RunError` that every process finds alike: the first of each machine says it for all."""
+
+
 class NonFiniteError(RunError):
     """NaN or Inf in a loss or a gradient; names the optimizer step and the examples."""
 

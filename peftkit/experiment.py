@@ -23,12 +23,13 @@ from peftkit.registry import Registry, default_root, root_problem
 from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
-from peftkit.run_facts import RunFacts, status_of
+from peftkit.run_facts import RunFacts, lost_process, status_of
 from peftkit.run_folder import OnExists, claimed
-from peftkit.training.batch_size import is_out_of_memory, refuse_sharded
+from peftkit.training.batch_size import is_out_of_memory
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.evaluation import Evaluation
 from peftkit.training.loop import Trainer
+from peftkit.training.sharded import make_whole, will_shard
 from peftkit.training.signals import StopRequest
 from peftkit.training.start import place, start_accelerator
 from peftkit.training.state import Job
@@ -49,8 +50,9 @@ def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunReco
             in the run's folder says so too.
     """
     refuse_missing(recipe.training.report_to)
-    accelerator = start_accelerator(recipe.training)
-    refuse_sharded(recipe.training, accelerator)
+    _, method = _build(recipe)
+    quantised = method.load_options().quantisation is not None
+    accelerator = start_accelerator(recipe.training, quantised=quantised)
     check_name(recipe.name)
     if problem := root_problem(default_root()):
         raise RunError(f"registry {default_root()}: {problem}; name another in PEFTKIT_REGISTRY")
@@ -69,7 +71,10 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
         with StopRequest().listening() as stop:
             _carry_out(facts, stop, resume=on_exists == "resume")
     except BaseException as error:  # however it ended, the record comes first
-        _finish(facts, status_of(error), error)
+        lost = lost_process(error)
+        _finish(facts, status_of(error), lost or error)
+        if lost:
+            raise lost from error
         if is_out_of_memory(error):
             raise RunError(_out_of_memory_line(facts)) from error
         raise
@@ -94,7 +99,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
     facts.predicted = foresee(recipe, data, spec, accelerator)
     set_seed(recipe.seed)
     with facts.timed("load"), meter.phase("load"):
-        model = load_model(base.path, spec, options)
+        model = load_model(base.path, spec, options, to_be_sharded=will_shard(accelerator))
         model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files
         prepared = method.prepare(model)
         set_precision(prepared, held_dtype(spec, options))
@@ -127,6 +132,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
     scored = facts.validation = trainer.evaluator.evaluate(trainer.model, task, data.validation)
     _track(facts, scored)
     stop.check()
+    make_whole(trainer.model)
     if accelerator.is_main_process:
         write_predictions(folder / PREDICTIONS, scored.columns)
         facts.predictions = PREDICTIONS

@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from peftkit.contracts import Delta, LoadOptions, TaskData
 from peftkit.data.sources import Located
-from peftkit.errors import Interrupted, NonFiniteError, PeftkitError
+from peftkit.errors import Interrupted, NonFiniteError, PeftkitError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.config import described
 from peftkit.modeling.identity import base_digest, tokenizer_digest
@@ -36,6 +37,8 @@ from peftkit.training.batch_size import accumulation_steps, is_out_of_memory
 from peftkit.training.evaluation import Evaluation
 from peftkit.training.state import TrainState
 from peftkit.training.trackers import Trackers
+
+MAX_REASON_CHARACTERS = 160
 
 
 @dataclass
@@ -225,6 +228,19 @@ def status_of(error: BaseException) -> Status:
     if isinstance(error, NonFiniteError):
         return "non_finite"
     return "out_of_memory" if is_out_of_memory(error) else "failed"
+
+
+def lost_process(error: BaseException) -> RunError | None:
+    """What to say if another process of the run is gone; torch has no error class for gloo's."""
+    text = str(error)
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in text
+    if isinstance(error, torch.distributed.DistError) or by_gloo:
+        return RunError(
+            "another process of this run ended or cannot be reached any more; the reason is with "
+            "that process or its launcher, and --resume goes on after the last checkpoint "
+            f"({' '.join(text.split())[:MAX_REASON_CHARACTERS]})"
+        )
+    return None
 
 
 def worded(error: BaseException) -> str:

@@ -5,13 +5,16 @@ Called by the `peftkit` command and by `run.py`; imports only `errors`.
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from peftkit.errors import Interrupted, PeftkitError, UsageError
+from peftkit.errors import Interrupted, PeftkitError, SharedError, UsageError
 
 MAX_SURPRISE_CHARACTERS = 500
+SPEAKER_SECONDS = 20.0
+"""How long a process that leaves the word to another one waits for it."""
 
 
 def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
@@ -31,6 +34,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
     except BrokenPipeError:
         return _reader_went_away()
     except (PeftkitError, Interrupted) as error:
+        _let_the_first_speak(error)
         return _tell(_lines(error), code=_allowed(error.exit_code), debug=debug)
     except Exception as error:  # a bug, or a library's own class: one line all the same
         return _tell([_surprise(error, debug=debug)], code=1, debug=debug)
@@ -57,13 +61,26 @@ def _allowed(code: object) -> int:
 
 
 def _lines(error: PeftkitError | Interrupted) -> list[str]:
-    """The problems; on a further rank without what rank 0 says as well."""
+    """The problems; on a further rank without what another one says as well."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         return error.problems
-    if isinstance(error, UsageError):
+    if _is_said_by_another(error):
         return []
     return [f"rank {rank}: {problem}" for problem in error.problems]
+
+
+def _is_said_by_another(error: BaseException) -> bool:
+    """Whether the first process, or the first of this machine, finds the same and says it."""
+    if isinstance(error, SharedError):
+        return os.environ.get("LOCAL_RANK", "0") != "0"
+    return isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"
+
+
+def _let_the_first_speak(error: BaseException) -> None:
+    """Launchers stop every process as soon as one ends, which must not be a silent one."""
+    if _is_said_by_another(error):
+        time.sleep(SPEAKER_SECONDS)
 
 
 def _surprise(error: Exception, *, debug: bool) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 import peftkit
 from peftkit.cli.failures import exit_code_of
 from peftkit.errors import RunError, UsageError
@@ -68,7 +70,7 @@ def launch_arguments(nproc: int | None, extra: Sequence[str]) -> list[str]:
     With a config file (named in `extra`, or the user's own) nothing is preset, so the file rules.
     """
     arguments = ["--quiet"]
-    if not _has_config_file(extra):
+    if _config_file(extra) is None:
         arguments += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         arguments += [PROCESSES_FLAG, str(nproc or 1)]
     elif nproc is not None:
@@ -91,11 +93,12 @@ def launch_environment(
     processes on a CPU. OMP_NUM_THREADS is set because its launcher would otherwise make it 1.
     """
     environment = dict(inherited)
-    if not _names(extra, PROCESSES_FLAG) and not _has_config_file(extra):
+    if _value(extra, PROCESSES_FLAG) is None and _config_file(extra) is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = (cores or 1) // ((nproc or 1) * jobs)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    if nproc is not None and nproc > 1 and _accelerators(at_least=nproc) == 0:
+    several = nproc if nproc and nproc > 1 else 0
+    if _names_the_cpu(_config_file(extra)) or (several and _accelerators(at_least=several) == 0):
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
 
@@ -114,15 +117,33 @@ def _accelerators(*, at_least: int) -> int:
     return found
 
 
-def _has_config_file(extra: Sequence[str]) -> bool:
-    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
-    users_own = Path(home) / "accelerate"
-    names = ("default_config.yaml", "default_config.json")
-    return _names(extra, CONFIG_FILE_FLAG) or any((users_own / n).is_file() for n in names)
+def _config_file(extra: Sequence[str]) -> Path | None:
+    """The file that rules the launch: named in `extra`, or the user's own."""
+    named = _value(extra, CONFIG_FILE_FLAG)
+    if named is not None:
+        return Path(named)
+    folder = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
+    own = [folder / "accelerate" / f"default_config.{kind}" for kind in ("yaml", "json")]
+    return next((file for file in own if file.is_file()), None)
 
 
-def _names(extra: Sequence[str], flag: str) -> bool:
-    return any(word == flag or word.startswith(f"{flag}=") for word in extra)
+def _names_the_cpu(file: Path | None) -> bool:
+    """Whether the file says `use_cpu`; a file that cannot be read is Accelerate's to refuse."""
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8")) if file else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(said, dict) and said.get("use_cpu") is True
+
+
+def _value(extra: Sequence[str], flag: str) -> str | None:
+    """What `extra` gives a flag, in either notation."""
+    for word, following in zip(extra, [*extra[1:], ""], strict=False):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
 
 
 def supervise(command: Sequence[str], *, environment: Mapping[str, str]) -> int:

@@ -5,10 +5,17 @@ of the run say themselves what went wrong; `--debug` starts Accelerate's own lau
 """
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
-from peftkit.cli.launch import KILLED
+from peftkit.cli.launch import EXIT_FILE, KILLED
+
+STOPPED = -signal.SIGTERM
+"""How a process ends that the launcher stops because another one has ended."""
 
 
 def main() -> int:
@@ -27,13 +34,28 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         return _code(error.returncode)
     except ChildFailedError as error:
-        return _code(min(failure.exitcode for failure in error.failures.values()))
+        ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        _name_the_killed(ended)
+        return _code(min(ended.values(), key=lambda code: (code == STOPPED, code)))
     except SignalException:
         return 1
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"accelerate launch: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _name_the_killed(codes: Mapping[int, int]) -> None:
+    """Say why the run is over where its first process has spoken and cannot know it."""
+    if not Path(os.environ.get(EXIT_FILE, "")).is_file():
+        return
+    for rank, ended in sorted(codes.items()):
+        if ended < 0 and ended != STOPPED:
+            print(
+                f"rank {rank}: killed by {signal.Signals(-ended).name}, most often for lack of "
+                "memory; the other processes were stopped",
+                file=sys.stderr,
+            )
 
 
 def _code(ended: int) -> int:

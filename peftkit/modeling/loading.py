@@ -45,10 +45,13 @@ class ModelSpec:
     mixed_precision: str = "no"
 
 
-def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTrainedModel:
+def load_model(
+    folder: Path, spec: ModelSpec, options: LoadOptions, *, to_be_sharded: bool = False
+) -> PreTrainedModel:
     """Load the base on the CPU with the task's head, freshly initialised from torch's RNG.
 
-    No code of the base runs, whatever its config asks for.
+    No code of the base runs, whatever its config asks for. A base in 4 bits is quantised on this
+    process's device; `to_be_sharded` keeps its bits in a floating-point type, which FSDP2 needs.
 
     Raises:
         SourceError: the base has no such architecture or needs code of its own, its files are
@@ -63,6 +66,8 @@ def load_model(folder: Path, spec: ModelSpec, options: LoadOptions) -> PreTraine
     four_bit = None
     if quantised:
         four_bit = four_bit_config(quantised, dtype, skeleton(spec, config))
+        if to_be_sharded:
+            four_bit.bnb_4bit_quant_storage = dtype
     with QuietLoading():
         model, report = auto_class.from_pretrained(
             folder,

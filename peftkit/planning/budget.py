@@ -29,8 +29,8 @@ GPUS = {
 """GiB that `torch.cuda.get_device_properties` reports; the name on the box promises more."""
 
 GPU_RESERVE_BYTES = GIB
-"""What a GPU needs beside live tensors: the CUDA context and kernels (about 0.5 GiB), workspaces of
-cuBLAS (up to 32 MiB), and gaps between blocks of the caching allocator."""
+"""What a GPU needs beside live tensors: the CUDA context and kernels (about 0.5 GiB), and gaps
+between blocks of the caching allocator."""
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B)")
 _UNITS = {

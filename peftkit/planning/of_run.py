@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from peftkit.contracts import TaskData
 from peftkit.modeling.loading import ModelSpec, spec_config
@@ -22,7 +23,7 @@ from peftkit.planning.setting import (
     evaluation_shape,
     train_shape,
 )
-from peftkit.planning.sharding import sharded
+from peftkit.planning.sharding import Sharding, sharded
 from peftkit.recipe import Recipe
 from peftkit.training.batch_size import accumulation_steps
 
@@ -34,7 +35,8 @@ def foresee(
     try:
         found = predict(_setting(recipe, data, spec, accelerator))
         processes = accelerator.num_processes
-        return sharded(found, "ddp", processes).by_record_phase()
+        how: Sharding = "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "ddp"
+        return sharded(found, how, processes).by_record_phase()
     except Exception:  # whatever a third party's method does on fake tensors: the run goes on
         return None
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from peftkit.contracts import ParameterGroup
 from peftkit.errors import MethodError
 from peftkit.memory.fake_step import Batch, FakeJob, trace
-from peftkit.memory.gpu_kernels import gpu_kernels
+from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES, gpu_kernels
 from peftkit.memory.known_values import OneEndTokenARow
 from peftkit.memory.storage_tape import Peak, largest
 from peftkit.modeling.fake_loading import FakeMemory, fake_model, quantisation_constants
@@ -97,7 +97,17 @@ def predict(setting: Setting) -> Prediction:
         low, block = _traced(_of_depth(setting, short))
         high, _ = _traced(_of_depth(setting, short + 1))
         parts = {part: _line(low[part], high[part], depth - short) for part in low}
-    return Prediction(_joined(parts), block, setting.on_gpu)
+    phases = _joined(parts)
+    if setting.on_gpu:
+        phases = {n: p if n == "load" else _with_workspaces(p) for n, p in phases.items()}
+    return Prediction(phases, block, setting.on_gpu)
+
+
+def _with_workspaces(peak: Peak) -> Peak:
+    """The allocator counts them as it counts tensors."""
+    kinds = {**peak.by_kind}
+    kinds["temporary"] = kinds.get("temporary", 0) + CUBLAS_WORKSPACES_BYTES
+    return Peak(peak.total_bytes + CUBLAS_WORKSPACES_BYTES, kinds)
 
 
 def _is_uniform(config: PretrainedConfig) -> bool:

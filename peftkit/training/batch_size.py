@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch.optim import Optimizer
 
-from peftkit.errors import UsageError
 from peftkit.modeling.parameters import train_mode
 from peftkit.training import rng
 from peftkit.training.config import TrainingConfig
@@ -29,21 +27,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def refuse_sharded(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """See that a process can try a batch alone.
-
-    Raises:
-        UsageError: `auto_batch_size` is on, and the model will be in parts on all processes.
-    """
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if config.auto_batch_size and accelerator.distributed_type in sharded:
-        raise UsageError(
-            f"training.auto_batch_size: not under {accelerator.distributed_type.value}, where a "
-            "process without memory would leave the others waiting for its part of the model; set "
-            "training.per_device_train_batch_size (`peftkit plan` says what fits)"
-        )
 
 
 def fitting_batch_size(job: Job, accelerator: Accelerator, optimizer: Any) -> int:

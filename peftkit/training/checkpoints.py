@@ -10,6 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 
 from peftkit.errors import RunError
 from peftkit.modeling.parameters import trainable_parameters
-from peftkit.staging import STAGING_PREFIX, sha256_files, staged_folder, write_file
+from peftkit.staging import (
+    STAGING_PREFIX,
+    fsync_path,
+    sha256_file,
+    sha256_files,
+    staged_folder,
+)
+from peftkit.training.sharded import shared_out, whole
 
 _MANIFEST = "manifest.json"
 _KEPT = 2
@@ -55,7 +63,7 @@ class CheckpointFolder:
             save_file(checkpoint.trained, staging / "trained.safetensors")
             torch.save(checkpoint.optimizer, staging / "optimizer.pt")
             torch.save(checkpoint.rng, staging / "rng.pt")
-            write_file(staging / "state.json", json.dumps(checkpoint.state).encode())
+            (staging / "state.json").write_text(json.dumps(checkpoint.state))
             _write_manifest(staging)
         self._prune()
 
@@ -75,12 +83,12 @@ class CheckpointFolder:
             raise RunError(f"{self.folder}: no checkpoint is whole; start again with --overwrite")
         return None
 
-    def save_best(self, step: int, model: nn.Module) -> None:
+    def save_best(self, step: int, trained: Mapping[str, Tensor]) -> None:
         """Keep the trained parameters of the best evaluation so far."""
         target = self.folder / f"best-{step:08d}"
         if not target.exists():
             with staged_folder(target) as staging:
-                save_file(trained_copy(model), staging / "trained.safetensors")
+                save_file(dict(trained), staging / "trained.safetensors")
                 _write_manifest(staging)
 
     def load_best(self, step: int, model: nn.Module) -> None:
@@ -120,8 +128,9 @@ class CheckpointFolder:
 
 
 def trained_copy(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, copied to the CPU."""
-    return {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model).items()}
+    """The parameters that train, whole, copied to the CPU; for every process to call."""
+    trained = trainable_parameters(model)
+    return {n: whole(p.detach()).to("cpu", copy=True) for n, p in trained.items()}
 
 
 def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -135,11 +144,19 @@ def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise RunError("the checkpoint is of another model or method: trained parameters differ")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(shared_out(tensors[name], parameter))
 
 
 def _write_manifest(folder: Path) -> None:
-    write_file(folder / _MANIFEST, json.dumps({"files": sha256_files(folder)}).encode())
+    files = sorted(folder.iterdir())
+    # Hashing lets go of the interpreter, and forcing to disk waits: side by side they take little
+    # more than a copy of the same bytes.
+    with ThreadPoolExecutor(max_workers=2 * len(files)) as pool:
+        synced = [pool.submit(fsync_path, file) for file in files]
+        digests = dict(zip((f.name for f in files), pool.map(sha256_file, files), strict=True))
+        for file in synced:
+            file.result()
+    (folder / _MANIFEST).write_text(json.dumps({"files": digests}))
 
 
 def _defect(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from peftkit.contracts import Metrics, Split, Task
 from peftkit.data.batching import evaluation_batches
+from peftkit.training.sharded import free_gathered, is_sharded
 
 if TYPE_CHECKING:
     from peftkit.memory.meter import MemoryMeter
@@ -67,12 +68,17 @@ class Evaluator:
         module.eval()
         batches = evaluation_batches(split.lengths, self.batch_size)
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        most = -(-len(batches) // self.accelerator.num_processes)
+        # A sharded model's forward needs all processes: who has no batch left repeats one.
+        repeated = batches[:1] * (most - len(own)) if is_sharded(module) else []
         parts = []
-        for position, indices in enumerate(own):
+        for position, indices in enumerate([*own, *repeated]):
             probe = self.meter.probe([module]) if self.meter and position == 0 else nullcontext()
             with probe:
-                parts.append(self._batch(module, task, [split.rows[i] for i in indices]))
-            parts[-1]["index"] = np.asarray(indices)
+                columns = self._batch(module, task, [split.rows[i] for i in indices])
+            if position < len(own):
+                parts.append({**columns, "index": np.asarray(indices)})
+        free_gathered(module)
         return parts
 
     @torch.no_grad()

@@ -25,11 +25,12 @@ from peftkit.errors import Interrupted, NonFiniteError
 from peftkit.modeling.parameters import train_mode, trainable_parameters
 from peftkit.training.batch_size import fitting_batch_size
 from peftkit.training.best import BestMetric
-from peftkit.training.checkpoints import CheckpointFolder
+from peftkit.training.checkpoints import CheckpointFolder, trained_copy
 from peftkit.training.evaluation import Evaluator
 from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
 from peftkit.training.progress import Progress
+from peftkit.training.sharded import scalar
 from peftkit.training.signals import StopRequest
 from peftkit.training.snapshots import Snapshots
 from peftkit.training.state import Job, StepBatches, StepResult, TrainState
@@ -201,7 +202,7 @@ class Trainer:
         bound = self.config.max_grad_norm or math.inf
         parameters = trainable_parameters(self.model).values()
         self.accelerator.unscale_gradients(self.optimizer)
-        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+        return scalar(torch.nn.utils.clip_grad_norm_(parameters, bound))
 
     def _may_rescale(self) -> bool:
         """Whether a gradient may be infinite because of the loss scale, which then falls."""
@@ -224,8 +225,9 @@ class Trainer:
         value = self.best.value(result.metrics)
         if self.best.improves(value, state.best_value):
             state.best_step, state.best_value, state.stale_evaluations = state.step, value, 0
+            trained = trained_copy(self._bare_model())
             if self.accelerator.is_main_process:
-                self.checkpoints.save_best(state.step, self._bare_model())
+                self.checkpoints.save_best(state.step, trained)
             self.accelerator.wait_for_everyone()
         else:
             state.stale_evaluations += 1

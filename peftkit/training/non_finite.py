@@ -26,11 +26,11 @@ def examples_to_blame(model: nn.Module, task: Task, batches: StepBatches) -> lis
     """
     device = next(model.parameters()).device
     step, bad = [], []
-    for micro, batch in batches:
+    for micro, batch in batches:  # also those that do not count: other processes may wait
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")
+        finite = task.predictions(model(**inputs), labels)["loss"].isfinite().tolist()
         if micro.counts:
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            labels = inputs.pop("labels")
-            finite = task.predictions(model(**inputs), labels)["loss"].isfinite().tolist()
             step += micro.indices
             bad += [i for i, fine in zip(micro.indices, finite, strict=True) if not fine]
     everything, blamed = gather_object(step), gather_object(bad)

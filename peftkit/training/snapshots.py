@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from peftkit.errors import RunError
 from peftkit.training import rng
 from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
+from peftkit.training.sharded import shared_out_state, whole
 from peftkit.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Snapshots:
     def take(self, state: TrainState) -> None:
         """Write a checkpoint from the main process; every process gives its RNG state."""
         states = rng.gather(self.accelerator)
+        trained, optimizer = trained_copy(self.model), whole(self.optimizer.state_dict())
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             facts = {
@@ -44,8 +46,7 @@ class Snapshots:
                 "scaler": scaler.state_dict() if scaler else None,
                 "meter": self.meter.state_dict(),
             }
-            optimizer = self.optimizer.state_dict()
-            self.folder.save(Checkpoint(trained_copy(self.model), optimizer, states, facts))
+            self.folder.save(Checkpoint(trained, optimizer, states, facts))
         self.accelerator.wait_for_everyone()
 
     def put_back(self) -> TrainState:
@@ -60,7 +61,7 @@ class Snapshots:
         facts = dict(found.state)
         self._refuse_other_conditions(facts.pop("conditions", {}))
         restore_trained(self.model, found.trained)
-        self.optimizer.load_state_dict(found.optimizer)
+        self.optimizer.load_state_dict(shared_out_state(self.optimizer, found.optimizer))
         if scaler := facts.pop("scaler"):
             self.accelerator.scaler.load_state_dict(scaler)
         self.meter.add_earlier(facts.pop("meter"))

@@ -1,52 +1,133 @@
-"""Starting Accelerate, and refusing a launch that would do something else than was asked.
+"""Starting Accelerate, saying what runs, and refusing what would not be what was asked.
 
-Called by the experiment before anything is loaded.
+Called by the experiment before anything is loaded; what can be wrong is in `launched`.
 """
 
 import os
+import socket
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 
-from peftkit.errors import RunError
+from peftkit.errors import SharedError
 from peftkit.training.config import TrainingConfig
+from peftkit.training.launched import (
+    LIBRARIES,
+    Asked,
+    fit_problems,
+    launch_problems,
+    read_launch,
+    version_problems,
+)
+from peftkit.training.sharded import will_shard
 
 
-def start_accelerator(config: TrainingConfig) -> Accelerator:
+def start_accelerator(config: TrainingConfig, *, quantised: bool = False) -> Accelerator:
     """The Accelerator of this process; the launcher decides the hardware.
 
+    The main process says in one line what runs.
+
+    Args:
+        config: The recipe's section; its precision wins over the launcher's.
+        quantised: Whether the method asks for a base in 4 bits.
+
     Raises:
-        RunError: the launcher started several processes that do not know of one another.
+        SharedError: the launch, the machine, the recipe or the processes among themselves do not
+            fit; lists every problem that can be seen at that point.
     """
+    asked = read_launch(config)
+    _refuse(launch_problems(asked))
     # Said outright, or the launcher's own count would divide every loss once more.
     once = GradientAccumulationPlugin(num_steps=1)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_plugin=once
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise RunError(
-            f"launch: {launched} processes were started, but Accelerate sees "
-            f"{accelerator.num_processes}; on a CPU set ACCELERATE_USE_CPU=true and launch with "
-            "--multi_gpu --num_processes N"
+    _refuse(_unlike(asked, accelerator))
+    plugin = accelerator.state.deepspeed_plugin
+    _refuse(
+        fit_problems(
+            config,
+            accelerator.distributed_type.value,
+            zero_stage=plugin.zero_stage if plugin else None,
+            quantised=quantised,
         )
-    cores, threads = _usable_cores(), torch.get_num_threads()
-    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
-    if alone and threads < cores:
-        print(
-            f"note: this run uses {threads} of {cores} CPU cores, as OMP_NUM_THREADS is "
-            f"{os.environ.get('OMP_NUM_THREADS')} (accelerate launch makes it 1 unless it is set)",
-            file=sys.stderr,
-        )
+    )
+    machines = _machines(accelerator)
+    if accelerator.is_main_process:
+        print(*_lines(accelerator, machines), sep="\n", file=sys.stderr, flush=True)
     return accelerator
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise SharedError(problems)
+
+
+def _unlike(asked: Asked, accelerator: Accelerator) -> list[str]:
+    """What Accelerate made that is not what was asked."""
+    problems = []
+    if asked.processes != accelerator.num_processes:
+        problems.append(
+            f"launch: {asked.processes} processes were started, but Accelerate sees "
+            f"{accelerator.num_processes}; launch with a file of accelerate_configs/"
+        )
+    became = accelerator.distributed_type.value
+    if asked.strategy and became != asked.strategy:
+        problems.append(f"launch: {asked.strategy} was asked for, but Accelerate made {became}")
+    return problems
+
+
+def _machines(accelerator: Accelerator) -> int:
+    """Machines that take part, by their names.
+
+    Raises:
+        SharedError: the processes have different versions of a library.
+    """
+    own = {name: _version(name) for name in LIBRARIES} | {"machine": socket.gethostname()}
+    everyone = gather_object([own])
+    _refuse(version_problems(everyone))
+    return len({one["machine"] for one in everyone})
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a folder of sources
+        return "not installed"
+
+
+def _lines(accelerator: Accelerator, machines: int) -> list[str]:
+    """What runs, in one line, and notes on what costs time."""
+    device = accelerator.device
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    processes = accelerator.num_processes
+    lines = [
+        f"running: {processes} process{'es' if processes > 1 else ''} on {machines} "
+        f"machine{'s' if machines > 1 else ''}, device {device.type}{name}, precision {precision}, "
+        f"distributed type {accelerator.distributed_type.value}"
+    ]
+    cores, threads = _usable_cores(), torch.get_num_threads()
+    if device.type == "cpu" and processes == 1 and threads < cores:
+        lines.append(
+            f"note: this run uses {threads} of {cores} CPU cores, as OMP_NUM_THREADS is "
+            f"{os.environ.get('OMP_NUM_THREADS')} (accelerate launch makes it 1 unless it is set)"
+        )
+    if device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        lines.append(
+            "note: bf16 is emulated and many times slower than float32 on a CPU without "
+            "avx512_bf16 or amx_bf16 in /proc/cpuinfo"
+        )
+    return lines
 
 
 def place(model: nn.Module, accelerator: Accelerator) -> None:
     """Move a prepared model to this process's device, in place, unless it will be sharded there."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if not will_shard(accelerator):
         model.to(accelerator.device)
 
 

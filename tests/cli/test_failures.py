@@ -2,8 +2,9 @@
 
 import pytest
 
+from peftkit.cli import failures
 from peftkit.cli.failures import exit_code_of
-from peftkit.errors import DataError, PeftkitError, RecipeError, RunError
+from peftkit.errors import DataError, PeftkitError, RecipeError, RunError, SharedError
 
 
 class StoppedError(RunError):
@@ -57,11 +58,28 @@ def test_debug_adds_the_traceback(capsys):
     assert lines[-1] == "ValueError: odd"
 
 
+FIRST = {"RANK": "0", "LOCAL_RANK": "0"}
+SECOND = {"RANK": "1", "LOCAL_RANK": "1"}
+FIRST_OF_SECOND_MACHINE = {"RANK": "8", "LOCAL_RANK": "0"}
+
+
 @pytest.mark.parametrize(
-    ("error", "said"),
-    [(PeftkitError(["a", "b"]), "rank 1: a\nrank 1: b\n"), (RecipeError("every rank sees it"), "")],
+    ("error", "ranks", "said", "waits"),
+    [
+        (PeftkitError(["a", "b"]), SECOND, "rank 1: a\nrank 1: b\n", False),
+        (RecipeError("every rank sees it"), FIRST, "every rank sees it\n", False),
+        (RecipeError("every rank sees it"), SECOND, "", True),
+        (RecipeError("every rank sees it"), FIRST_OF_SECOND_MACHINE, "", True),
+        (SharedError("no GPU"), FIRST, "no GPU\n", False),
+        (SharedError("no GPU"), SECOND, "", True),
+        (SharedError("no GPU"), FIRST_OF_SECOND_MACHINE, "rank 8: no GPU\n", False),
+    ],
 )
-def test_a_further_rank_names_itself_and_repeats_no_usage(error, said, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+def test_what_every_process_finds_is_said_once(error, ranks, said, waits, monkeypatch, capsys):
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    waited = []
+    monkeypatch.setattr(failures.time, "sleep", waited.append)
     exit_code_of(raiser(error), debug=False)
     assert capsys.readouterr().err == said
+    assert waited == [failures.SPEAKER_SECONDS] * waits

@@ -1,15 +1,12 @@
 """The batch that fits: found before the first step, without a trace, the same on all processes."""
 
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
-from peftkit.errors import Interrupted, UsageError
-from peftkit.training.batch_size import fitting_batch_size, refuse_sharded
-from peftkit.training.config import TrainingConfig
+from peftkit.errors import Interrupted
+from peftkit.training.batch_size import fitting_batch_size
 from peftkit.training.signals import StopRequest
 
 
@@ -196,11 +193,3 @@ def test_all_halve_where_one_has_no_memory(make_trainer, limited, monkeypatch):
     monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
     assert fitting_batch_size(trainer.job, trainer.accelerator, trainer.optimizer) == 2
     assert own == [(0.0, "sum")] * 3
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_a_model_in_parts_is_refused(kind):
-    accelerator = SimpleNamespace(distributed_type=kind)
-    refuse_sharded(TrainingConfig(learning_rate=0.1), accelerator)
-    with pytest.raises(UsageError, match=f"auto_batch_size: not under {kind.value}, where"):
-        refuse_sharded(TrainingConfig(learning_rate=0.1, auto_batch_size=True), accelerator)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftkit.errors import RunError
-from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained
+from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
 
 FILES = ["trained.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"]
 
@@ -107,7 +107,7 @@ def test_two_are_kept_and_the_best_that_they_need(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
     for step, best in ((1, 1), (2, 1), (3, 3), (4, 3)):
         if best == step:
-            folder.save_best(step, model)
+            folder.save_best(step, trained_copy(model))
         folder.save(checkpoint(step, best))
     assert names(tmp_path) == ["best-00000003", "step-00000003", "step-00000004"]
 
@@ -115,7 +115,7 @@ def test_two_are_kept_and_the_best_that_they_need(tmp_path):
 def test_the_older_kept_checkpoint_keeps_its_own_best(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
     for step in (1, 2):
-        folder.save_best(step, model)
+        folder.save_best(step, trained_copy(model))
         folder.save(checkpoint(step, step))
     assert names(tmp_path) == ["best-00000001", "best-00000002", "step-00000001", "step-00000002"]
 
@@ -123,7 +123,7 @@ def test_the_older_kept_checkpoint_keeps_its_own_best(tmp_path):
 def test_the_best_comes_back_into_the_model(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
     kept = model.weight.detach().clone()
-    folder.save_best(5, model)
+    folder.save_best(5, trained_copy(model))
     with torch.no_grad():
         model.weight.zero_()
     folder.load_best(5, model)
@@ -132,7 +132,7 @@ def test_the_best_comes_back_into_the_model(tmp_path):
 
 def test_a_damaged_best_is_refused(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
-    folder.save_best(5, model)
+    folder.save_best(5, trained_copy(model))
     path = tmp_path / "best-00000005/trained.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(RunError) as raised:
@@ -154,9 +154,9 @@ def test_a_checkpoint_of_another_model_is_refused():
 def test_what_lies_beyond_the_resumed_step_is_dropped(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
     for step in (1, 2):
-        folder.save_best(step, model)
+        folder.save_best(step, trained_copy(model))
         folder.save(checkpoint(step, 1))
-    folder.save_best(3, model)
+    folder.save_best(3, trained_copy(model))
     (tmp_path / ".staging-00ff").mkdir()
     folder.drop_after(1)
     assert names(tmp_path) == ["best-00000001", "step-00000001"]

@@ -1,0 +1,88 @@
+"""Parameters shared out over processes (FSDP2): gathering them whole, and sharing them out again.
+
+Called by the loop, the evaluation and the checkpoints. A *sharded* tensor is a `DTensor`, of which
+a process holds a part. Whatever gathers is called by every process, at the same point. Models that
+are not sharded pass through unchanged.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+
+def will_shard(accelerator: Accelerator) -> bool:
+    """Whether `accelerator.prepare` shares out the parameters of a model."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a process holds parts of parameters, so that each forward needs all processes."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Give back what a forward without a backward pass left gathered, in its 16-bit type."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(value: Any) -> Any:
+    """Nested containers with every sharded tensor gathered, on the CPU."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().to("cpu")
+    if isinstance(value, Mapping):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item) for item in value)
+    return value
+
+
+def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, in the shape in which `like` is held."""
+    if not isinstance(like, DTensor):
+        return tensor
+    there = tensor.to(like.device)
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shared_out_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The `state_dict` of an optimizer with whole tensors, in the shape of its own parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        number: {
+            name: shared_out(item, parameters[number]) if _is_of(item, parameters[number]) else item
+            for name, item in items.items()
+        }
+        for number, items in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def make_whole(model: nn.Module) -> None:
+    """Put whole tensors on the CPU in the place of the sharded ones that train.
+
+    The model can be read afterwards, and no longer run.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
+                module._parameters[name] = nn.Parameter(whole(parameter.detach()))
+
+
+def _is_of(item: Any, parameter: Tensor) -> bool:
+    """Whether a value of the optimizer's state has an entry for each of the parameter's."""
+    return isinstance(item, Tensor) and item.shape == parameter.shape and item.ndim > 0
+
+
+def scalar(tensor: Tensor) -> float:
+    """A scalar that may be spread over processes."""
+    with torch.no_grad():
+        return float(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
