@@ -23,7 +23,7 @@ from peftkit.training import rng
 FOLDER = "tracking"
 """In the run's folder: TensorBoard's and wandb's files, and which run of a tracker is this one."""
 PROJECT = "peftkit"
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 """How long a tracker may take to start, to take a row or to end."""
 
 MAX_REASON_CHARACTERS = 300
