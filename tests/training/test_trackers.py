@@ -170,7 +170,7 @@ def test_a_tracker_that_fails_says_so_once_and_the_others_go_on(
 def test_a_tracker_that_waits_for_ever_is_left_behind(tmp_path, capfd, monkeypatch, fake, call):
     monkeypatch.setattr(trackers, "PATIENCE_SECONDS", 0.05)
     hung = threading.Event()
-    fake.fault = at(call, hung.wait)
+    fake.fault = at(call, lambda: hung.wait(5))
     given = Trackers(["wandb"], tmp_path)
     given.start(resumed_after=None)
     given.log({"step": 1})
