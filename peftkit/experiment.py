@@ -4,6 +4,7 @@ Called by `run.py`. Puts the rooms together and holds none of their knowledge.
 """
 
 import sys
+from contextlib import closing
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -16,20 +17,23 @@ from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import checkpoint_activations, count_parameters, set_precision
-from peftkit.planning.of_run import foresee
+from peftkit.planning.of_run import fitting_batch, foresee
 from peftkit.recipe import Recipe
 from peftkit.registry import Registry, default_root, root_problem
 from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
-from peftkit.run_facts import RunFacts, is_out_of_memory, lost_process, status_of
+from peftkit.run_facts import RunFacts, lost_process, status_of
 from peftkit.run_folder import OnExists, claimed
+from peftkit.training.batch_size import is_out_of_memory
 from peftkit.training.checkpoints import CheckpointFolder
+from peftkit.training.evaluation import Evaluation
 from peftkit.training.loop import Trainer
 from peftkit.training.sharded import make_whole, will_shard
 from peftkit.training.signals import StopRequest
 from peftkit.training.start import place, start_accelerator
 from peftkit.training.state import Job
+from peftkit.training.trackers import Trackers, refuse_missing
 
 PREDICTIONS = "predictions.parquet"
 
@@ -45,14 +49,20 @@ def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunReco
         PeftkitError: the run could not start, or did not complete; in the latter case the record
             in the run's folder says so too.
     """
+    refuse_missing(recipe.training.report_to)
     _, method = _build(recipe)
     quantised = method.load_options().quantisation is not None
     accelerator = start_accelerator(recipe.training, quantised=quantised)
     check_name(recipe.name)
     if problem := root_problem(default_root()):
         raise RunError(f"registry {default_root()}: {problem}; name another in PEFTKIT_REGISTRY")
-    with claimed(recipe.run_folder, recipe, accelerator, on_exists=on_exists):
-        return _recorded(RunFacts(recipe, accelerator, MemoryMeter(accelerator.device)), on_exists)
+    names = recipe.training.report_to if accelerator.is_main_process else []
+    with (
+        claimed(recipe.run_folder, recipe, accelerator, on_exists=on_exists),
+        closing(Trackers(names, recipe.run_folder, recipe.resolved())) as trackers,
+    ):
+        meter = MemoryMeter(accelerator.device)
+        return _recorded(RunFacts(recipe, accelerator, meter, trackers), on_exists)
 
 
 def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
@@ -111,6 +121,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         seed=recipe.seed,
         folder=folder,
         conditions=facts.conditions(),
+        trackers=facts.trackers,
     )
     trainer = Trainer(job, accelerator, meter)
     try:
@@ -119,6 +130,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         facts.training = trainer.state
 
     scored = facts.validation = trainer.evaluator.evaluate(trainer.model, task, data.validation)
+    _track(facts, scored)
     stop.check()
     make_whole(trainer.model)
     if accelerator.is_main_process:
@@ -135,6 +147,12 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
     accelerator.wait_for_everyone()
 
 
+def _track(facts: RunFacts, scored: Evaluation) -> None:
+    """Hand the validation scores to the trackers."""
+    scores = {f"validation_{name}": value for name, value in scored.metrics.items()}
+    facts.trackers.log({"step": facts.training.step, **scores})
+
+
 def _build(recipe: Recipe) -> tuple[Task, Method]:
     """The task and the method that the recipe's sections configure."""
     resolved = recipe.resolved()
@@ -146,7 +164,8 @@ def _model_spec(facts: RunFacts, task: Task, data: TaskData) -> ModelSpec:
     config = task.model_options(data)
     auto_class = config.pop("auto_class")
     dropout = facts.recipe.training.dropout
-    return ModelSpec(auto_class, config, dropout, facts.accelerator.mixed_precision)
+    facts.spec = ModelSpec(auto_class, config, dropout, facts.accelerator.mixed_precision)
+    return facts.spec
 
 
 def _finish(facts: RunFacts, status: Status, error: BaseException | None = None) -> RunRecord:
@@ -176,12 +195,33 @@ def _out_of_memory_line(facts: RunFacts) -> str:
         )
     if facts.meter.last_phase != "train_step":
         return "out of memory before training; take a smaller base, or method.type: qlora"
-    size = training.per_device_train_batch_size
-    return (
-        f"out of memory; halve training.per_device_train_batch_size ({size}) and double "
-        "training.gradient_accumulation_steps, which changes nothing else, or set "
-        "training.gradient_checkpointing: true"
+    size = facts.train_batch.per_device_train_batch_size
+    checkpointing = (
+        "" if training.gradient_checkpointing else "set training.gradient_checkpointing: true"
     )
+    if facts.train_batch.found and size % 2:
+        tried = f"training.auto_batch_size got as far as {size}, which is odd"
+        return f"out of memory; {tried}; {checkpointing or 'take a smaller base'}"
+    by_itself = "" if training.auto_batch_size else " (training.auto_batch_size: true does both)"
+    line = (
+        f"out of memory; halve training.per_device_train_batch_size ({size}) and double "
+        f"training.gradient_accumulation_steps, which changes nothing else{by_itself}"
+    )
+    fitting = _planned(facts, size)
+    return "; ".join(
+        [
+            f"{line}, or {checkpointing}" if checkpointing else line,
+            *([f"the planner expects {fitting} examples to fit"] if fitting else []),
+        ]
+    )
+
+
+def _planned(facts: RunFacts, size: int) -> int | None:
+    """The largest batch below `size` that the planner would let through."""
+    if facts.data is None or facts.spec is None:
+        return None
+    found = fitting_batch(facts.recipe, facts.data, facts.spec, facts.accelerator, size)
+    return None if found == size else found
 
 
 def _say(accelerator: Accelerator, *lines: str) -> None:

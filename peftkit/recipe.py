@@ -114,10 +114,11 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """`sha256:…` of what the run computes: not of its name or folder."""
+        """`sha256:…` of what the run computes: not of its name, its folder or its trackers."""
         content = self.resolved()
         for key in ("name", "output_dir"):
             content.pop(key)
+        content["training"].pop("report_to")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

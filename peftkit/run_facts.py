@@ -31,9 +31,12 @@ from peftkit.reporting.record import (
     RunRecord,
     Seconds,
     Status,
+    TrainBatch,
 )
+from peftkit.training.batch_size import accumulation_steps, is_out_of_memory
 from peftkit.training.evaluation import Evaluation
 from peftkit.training.state import TrainState
+from peftkit.training.trackers import Trackers
 
 MAX_REASON_CHARACTERS = 160
 
@@ -45,6 +48,7 @@ class RunFacts:
     recipe: Recipe
     accelerator: Accelerator
     meter: MemoryMeter
+    trackers: Trackers = field(default_factory=Trackers)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, int] | None = None
@@ -54,6 +58,7 @@ class RunFacts:
     base_config: dict[str, Any] | None = None
     tokenizer_digest: str | None = None
     data: TaskData | None = None
+    spec: ModelSpec | None = None
     parameters: tuple[int, int] | None = None
     """Trainable and total."""
     training: TrainState = field(default_factory=TrainState)
@@ -89,6 +94,17 @@ class RunFacts:
             **{f"{part.name} data": part.digest for part in parts if part},
             "mixed precision": self.accelerator.mixed_precision,
         }
+
+    @property
+    def train_batch(self) -> TrainBatch:
+        """The batch that training uses, as asked or as `auto_batch_size` found it."""
+        asked, found = self.recipe.training, self.training.micro_batch_size
+        size = found or asked.per_device_train_batch_size
+        return TrainBatch(
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation_steps(asked, size),
+            found=found is not None,
+        )
 
     def delta_info(self, delta: Delta, spec: ModelSpec, options: LoadOptions) -> DeltaInfo:
         """What the stored delta says of itself; needs everything but `stored`."""
@@ -151,6 +167,7 @@ class RunFacts:
             tokens_per_second=training.tokens / timed if timed else None,
             optimizer_steps=training.step,
             resumed_after_step=training.resumed_after,
+            train_batch=self.train_batch if training.step or training.micro_batch_size else None,
             trainable_parameters=trainable,
             total_parameters=total,
             delta_bytes=self._delta_bytes(),
@@ -211,13 +228,6 @@ def status_of(error: BaseException) -> Status:
     if isinstance(error, NonFiniteError):
         return "non_finite"
     return "out_of_memory" if is_out_of_memory(error) else "failed"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left; torch has no error class on a CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def lost_process(error: BaseException) -> RunError | None:

@@ -30,6 +30,7 @@ _OWN_FILES = (
     "predictions.parquet",
     "log.jsonl",
     "checkpoints",
+    "tracking",
     LAUNCH_FILE,
 )
 

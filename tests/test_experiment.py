@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from accelerate import tracking
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from peftkit import experiment, plugins
 from peftkit.data import hub
-from peftkit.errors import Interrupted, NonFiniteError, RunError
+from peftkit.errors import Interrupted, NonFiniteError, RunError, UsageError
 from peftkit.experiment import run_experiment
 from peftkit.recipe import from_resolved
 from peftkit.registry import Registry
@@ -37,8 +38,9 @@ class Crash(BaseException):
 
 @pytest.fixture(autouse=True)
 def _no_prediction(monkeypatch):
-    """It takes a second a run and has tests of its own in tests/planning."""
-    monkeypatch.setattr(experiment, "foresee", lambda *arguments: None)
+    """They take a second a run and have tests of their own in tests/planning."""
+    for name in ("foresee", "fitting_batch"):
+        monkeypatch.setattr(experiment, name, lambda *arguments: None)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
@@ -224,8 +226,8 @@ def test_out_of_memory_leaves_a_record_and_an_advice(recipe, monkeypatch, how):
         run_experiment(recipe())
     assert str(raised.value) == (
         "out of memory; halve training.per_device_train_batch_size (8) and double "
-        "training.gradient_accumulation_steps, which changes nothing else, or set "
-        "training.gradient_checkpointing: true"
+        "training.gradient_accumulation_steps, which changes nothing else "
+        "(training.auto_batch_size: true does both), or set training.gradient_checkpointing: true"
     )
     record = read_record(FOLDER / "record.json")
     assert record.status == "out_of_memory"
@@ -235,6 +237,90 @@ def test_out_of_memory_leaves_a_record_and_an_advice(recipe, monkeypatch, how):
         assert "can't allocate memory" in record.error
     assert record.delta is None
     assert record.total_parameters > 0
+
+
+def test_advice_does_not_repeat_what_is_on(recipe, monkeypatch):
+    die_in_step(monkeypatch, 1, MemoryError)
+    advice = []
+    for size in (8, 9):
+        sizes = {"per_device_train_batch_size": size, "gradient_checkpointing": True}
+        with pytest.raises(RunError) as raised:
+            run_experiment(recipe(auto_batch_size=True, **sizes), on_exists="overwrite")
+        advice.append(str(raised.value))
+    assert advice == [
+        "out of memory; halve training.per_device_train_batch_size (8) and double "
+        "training.gradient_accumulation_steps, which changes nothing else",
+        "out of memory; training.auto_batch_size got as far as 9, which is odd; "
+        "take a smaller base",
+    ]
+
+
+def used(record):
+    batch = record.train_batch
+    return batch.per_device_train_batch_size, batch.gradient_accumulation_steps, batch.found
+
+
+def no_memory_above(monkeypatch, most, model=BertForSequenceClassification):
+    real = model.forward
+
+    def forward(self, *args, **kwargs):
+        if self.training and len(kwargs["input_ids"]) > most:
+            raise MemoryError
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+def test_a_batch_that_was_found_is_in_the_record_beside_the_recipe(recipe, monkeypatch):
+    asked = run_experiment(recipe(per_device_train_batch_size=2, gradient_accumulation_steps=4))
+    log = (FOLDER / "log.jsonl").read_text()
+    no_memory_above(monkeypatch, 3)
+    found = run_experiment(recipe(auto_batch_size=True), on_exists="overwrite")
+    assert (used(asked), used(found)) == ((2, 4, False), (2, 4, True))
+    assert found.recipe["training"]["per_device_train_batch_size"] == 8
+    assert (FOLDER / "log.jsonl").read_text() == log
+    assert delta_bytes(version="v1") == delta_bytes(version="v2")
+
+
+def test_a_run_that_reached_no_step_used_no_batch(recipe, monkeypatch):
+    monkeypatch.setattr(experiment, "load_model", no_memory_on_cpu)
+    with pytest.raises(RunError):
+        run_experiment(recipe())
+    assert read_record(FOLDER / "record.json").train_batch is None
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_touched(recipe, monkeypatch):
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    monkeypatch.setattr(experiment, "start_accelerator", None)
+    with pytest.raises(UsageError, match=r"training.report_to: 'mlflow' needs the package mlflow"):
+        run_experiment(recipe(report_to=["mlflow"]))
+    assert not Path("runs").exists()
+
+
+def test_a_broken_tracker_changes_nothing_of_a_run(recipe, monkeypatch, capfd):
+    class Broken(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "wandb", False, None
+
+        def __init__(self, run_name, **arguments):
+            super().__init__()
+
+        def log(self, values, step):
+            seen.append((step, values))
+            torch.rand(1)
+            if "validation_accuracy" in values:
+                raise ConnectionError("nobody answers")
+
+    seen = []
+    monkeypatch.setattr(tracking, "_available_trackers", ["wandb"])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Broken)
+    settings = {"dropout": 0.2, "max_steps": 3}
+    plain = run_experiment(recipe(**settings))
+    tracked = run_experiment(recipe(report_to=["wandb"], **settings), on_exists="overwrite")
+    assert [step for step, _ in seen] == [1, 2, 3, 3, 3]
+    assert "the tracker wandb failed in logging step 3 (Conn" in capfd.readouterr().err
+    assert (plain.metrics, plain.history) == (tracked.metrics, tracked.history)
+    assert delta_bytes(version="v1") == delta_bytes(version="v2")
+    assert plain.recipe_digest == tracked.recipe_digest
 
 
 @pytest.mark.parametrize(
@@ -479,6 +565,44 @@ def test_two_processes_compute_what_one_does(recipe, recipe_file):
     deltas = [registry.read_delta(version).tensors for version in stored]
     assert max((deltas[0][n] - deltas[1][n]).abs().max() for n in deltas[0]) <= 5e-6
     assert read_record(Path("runs/two-seed0/record.json")).processes == 2
+
+
+SHORT_OF_MEMORY = """
+import os, runpy, sys
+from transformers import BertForSequenceClassification as Model
+
+real = Model.forward
+
+def forward(self, *args, **kwargs):
+    if self.training and os.environ["RANK"] == "1" and len(kwargs["input_ids"]) > 2:
+        raise MemoryError
+    return real(self, *args, **kwargs)
+
+Model.forward = forward
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_halve_together_if_one_has_no_memory(recipe_file, workplace, monkeypatch):
+    settings = {"dropout": 0.2, "max_steps": 5}
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+    def finish(ranks):
+        ended = [process.communicate(timeout=300) for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], ended
+
+    finish(start_both(recipe_file(name="asked", **settings, **sizes)))
+    (workplace / "short.py").write_text(SHORT_OF_MEMORY)
+    path = recipe_file(auto_batch_size=True, **settings, per_device_train_batch_size=4)
+    real = subprocess.Popen
+    short = [sys.executable, str(workplace / "short.py")]
+    monkeypatch.setattr(subprocess, "Popen", lambda c, **kw: real([*short, *c[1:]], **kw))
+    finish(start_both(path))
+    assert used(read_record(FOLDER / "record.json")) == (2, 2, True)
+    assert (FOLDER / "log.jsonl").read_text() == Path("runs/asked-seed0/log.jsonl").read_text()
+    assert delta_bytes("tiny") == delta_bytes("asked")
 
 
 def wait_for_step(process, step):

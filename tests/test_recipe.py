@@ -453,10 +453,10 @@ def another(value):
     return [*value, "more"] if isinstance(value, list) else f"{value}x"
 
 
-def test_the_digest_depends_on_everything_but_name_and_folder(folder):
+def test_the_digest_depends_on_everything_but_name_folder_and_trackers(folder):
     recipe = load()
     content = recipe.resolved()
-    same = {("name",), ("output_dir",)}
+    same = {("name",), ("output_dir",), ("training", "report_to")}
     paths = list(leaves(content))
     assert len(paths) > 50
     for path in paths:

@@ -1,14 +1,19 @@
 """The prediction that a run's record keeps, made from the data that it will train on.
 
 Called by the experiment before the base is loaded, so that a run which then has no memory has one,
-too.
+too; and after that, for the batch that would have fitted.
 """
 
+import os
+from dataclasses import replace
+
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from peftkit.contracts import TaskData
 from peftkit.modeling.loading import ModelSpec, spec_config
+from peftkit.planning.budget import Budget
 from peftkit.planning.predict import predict
 from peftkit.planning.setting import (
     Setting,
@@ -20,6 +25,7 @@ from peftkit.planning.setting import (
 )
 from peftkit.planning.sharding import Sharding, sharded
 from peftkit.recipe import Recipe
+from peftkit.training.batch_size import accumulation_steps
 
 
 def foresee(
@@ -33,6 +39,37 @@ def foresee(
         return sharded(found, how, processes).by_record_phase()
     except Exception:  # whatever a third party's method does on fake tensors: the run goes on
         return None
+
+
+def fitting_batch(
+    recipe: Recipe, data: TaskData, spec: ModelSpec, accelerator: Accelerator, size: int
+) -> int | None:
+    """`size` examples at a time, or halved until training should fit this device; None: unknown."""
+    try:
+        setting, room = _setting(recipe, data, spec, accelerator), _room_bytes(accelerator.device)
+        while _training_bytes(setting, size, accelerator.num_processes) > room:
+            if size % 2:
+                return None
+            size //= 2
+    except Exception:  # as above: this is advice for a run that has failed already
+        return None
+    return size
+
+
+def _training_bytes(setting: Setting, size: int, processes: int) -> int:
+    steps = accumulation_steps(setting.training, size)
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    training = setting.training.model_copy(update=sizes)
+    found = predict(replace(setting.with_batch(size), training=training))
+    return sharded(found, "ddp", processes).training_bytes
+
+
+def _room_bytes(device: torch.device) -> int:
+    """What tensors may take of a GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Budget("device", total, on_gpu=True).usable_bytes
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _setting(recipe: Recipe, data: TaskData, spec: ModelSpec, accelerator: Accelerator) -> Setting:

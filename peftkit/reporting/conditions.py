@@ -18,6 +18,11 @@ MEANT_TO_DIFFER: Final = ("method.", "training.learning_rate", "name", "seed", "
 """Keys of the recipe that begin so are what is compared; so does `learning_rates_tried`, whose
 count is a condition of its own."""
 
+NO_CONDITIONS: Final = ("training.report_to", "training.auto_batch_size")
+"""They change no result: of the batch, what was really used is shown."""
+
+SIZES: Final = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
 WORDS: Final = {
     "training.num_train_epochs": "epochs",
     "training.max_steps": "maximum of optimizer steps",
@@ -78,10 +83,7 @@ def footnote(number: int) -> str:
 def effective_batch(run: Run) -> int | None:
     """Examples in one optimizer step, over all accumulation steps and processes."""
     training = (run.recipe or {}).get("training", {})
-    sizes = [
-        training.get(f"{key}")
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    ]
+    sizes = [training.get(key) for key in SIZES]
     if run.record is None or not all(isinstance(size, int) for size in sizes):
         return None
     return int(sizes[0] * sizes[1] * run.record.processes)
@@ -109,6 +111,9 @@ def _conditions(
     recorded = [run.record for arm in arms for run in arm.runs if run.record]
     for library in sorted({name for record in recorded for name in record.libraries}):
         yield f"version of {library}", _by_label(arms, _version(library))
+    for size in SIZES:
+        words = WORDS[f"training.{size}"]
+        yield words, _by_label(arms, _used(size), needs_record=False)
     for key in _recipe_keys(arms):
         yield WORDS.get(key, key), _by_label(arms, _key(key), needs_record=False)
 
@@ -153,11 +158,22 @@ def _key(key: str) -> Callable[[Run], Any]:
     return lambda run: flat(run.recipe or {}).get(key)
 
 
+def _used(size: str) -> Callable[[Run], Any]:
+    """One of `SIZES` as the run used it, or as its recipe asks if it left no word of that."""
+
+    def value(run: Run) -> Any:
+        used = run.record.train_batch if run.record else None
+        return getattr(used, size) if used else _key(f"training.{size}")(run)
+
+    return value
+
+
 def _recipe_keys(arms: Sequence[Arm]) -> list[str]:
     """Keys of any arm that are not meant to differ and that not all arms hold alike."""
     recipes = [flat(arm.recipe) for arm in arms if arm.recipe is not None]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
-    kept = [key for key in keys if not key.startswith(MEANT_TO_DIFFER)]
+    others = (*MEANT_TO_DIFFER, *NO_CONDITIONS, *(f"training.{size}" for size in SIZES))
+    kept = [key for key in keys if not key.startswith(others)]
     return [key for key in kept if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
 
 

@@ -97,6 +97,15 @@ class Seconds(_Part):
     metered: Amount | None
 
 
+class TrainBatch(_Part):
+    """How an optimizer step was really cut up on each process."""
+
+    per_device_train_batch_size: Annotated[int, Field(ge=1)]
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)]
+    found: bool
+    """Whether `auto_batch_size` looked for it; else it is as the recipe asks."""
+
+
 class Digests(_Part):
     """Content digests, `sha256:…`; None: not reached."""
 
@@ -138,6 +147,8 @@ class RunRecord(_Part):
     resumed_after_step: Count | None = None
     """Where the last `--resume` took the run up; None: it ran through in one process. Seconds,
     memory and throughput are those of all its processes together."""
+    train_batch: TrainBatch | None = None
+    """None: no step was reached, or the record is older."""
     trainable_parameters: Count | None
     total_parameters: Count | None
     delta_bytes: Count | None

@@ -10,6 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 
 from peftkit.errors import RunError
 from peftkit.modeling.parameters import trainable_parameters
-from peftkit.staging import STAGING_PREFIX, sha256_files, staged_folder, write_file
+from peftkit.staging import (
+    STAGING_PREFIX,
+    fsync_path,
+    sha256_file,
+    sha256_files,
+    staged_folder,
+)
 from peftkit.training.sharded import shared_out, whole
 
 _MANIFEST = "manifest.json"
@@ -56,7 +63,7 @@ class CheckpointFolder:
             save_file(checkpoint.trained, staging / "trained.safetensors")
             torch.save(checkpoint.optimizer, staging / "optimizer.pt")
             torch.save(checkpoint.rng, staging / "rng.pt")
-            write_file(staging / "state.json", json.dumps(checkpoint.state).encode())
+            (staging / "state.json").write_text(json.dumps(checkpoint.state))
             _write_manifest(staging)
         self._prune()
 
@@ -141,7 +148,15 @@ def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    write_file(folder / _MANIFEST, json.dumps({"files": sha256_files(folder)}).encode())
+    files = sorted(folder.iterdir())
+    # Hashing lets go of the interpreter, and forcing to disk waits: side by side they take little
+    # more than a copy of the same bytes.
+    with ThreadPoolExecutor(max_workers=2 * len(files)) as pool:
+        synced = [pool.submit(fsync_path, file) for file in files]
+        digests = dict(zip((f.name for f in files), pool.map(sha256_file, files), strict=True))
+        for file in synced:
+            file.result()
+    (folder / _MANIFEST).write_text(json.dumps({"files": digests}))
 
 
 def _defect(folder: Path) -> str | None:

@@ -19,6 +19,7 @@ OptimizerName = Literal[
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 ]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class TrainingConfig(Section):
@@ -33,6 +34,8 @@ class TrainingConfig(Section):
     per_device_train_batch_size: int = Field(default=32, gt=0)
     per_device_eval_batch_size: int = Field(default=64, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
+    auto_batch_size: bool = False
+    """Whether to halve the train batch, and double the accumulation, until it fits in memory."""
     optimizer: OptimizerName = "adamw"
     adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
@@ -63,6 +66,8 @@ class TrainingConfig(Section):
     save_steps: int | None = Field(default=None, gt=0)
     """Optimizer steps between checkpoints for `--resume`; None is once an epoch."""
     logging_steps: int = Field(default=50, gt=0)
+    report_to: list[TrackerName] = []
+    """Trackers that get what `log.jsonl` gets; each needs its package."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """None is what `accelerate launch` or its config file says."""

@@ -169,6 +169,12 @@ def fit_problems(
             f"training.l1: under {name} a process sees only its shard of the weights, so their "
             "norm would be wrong; set it to 0, or launch with DDP"
         )
+    if config.auto_batch_size and (zero or strategy == DistributedType.FSDP.value):
+        problems.append(
+            f"training.auto_batch_size: under {name} a process without memory would leave the "
+            "others waiting for its shard; set training.per_device_train_batch_size "
+            "(`peftkit plan` says what fits)"
+        )
     return problems
 
 

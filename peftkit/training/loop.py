@@ -23,6 +23,7 @@ from peftkit.contracts import Metrics, Split
 from peftkit.data.batching import MicroBatch, longest_step, plan_epoch, share_step
 from peftkit.errors import Interrupted, NonFiniteError
 from peftkit.modeling.parameters import train_mode, trainable_parameters
+from peftkit.training.batch_size import fitting_batch_size
 from peftkit.training.best import BestMetric
 from peftkit.training.checkpoints import CheckpointFolder, trained_copy
 from peftkit.training.evaluation import Evaluator
@@ -70,10 +71,19 @@ class Trainer:
         """
         if resume:
             self.state = self.snapshots.put_back()
+        if self.config.auto_batch_size and self.state.micro_batch_size is None:
+            found = fitting_batch_size(self.job, self.accelerator, self.optimizer)
+            self.state.micro_batch_size = found
         visible = self.accelerator.is_main_process
         log = self.job.folder / "log.jsonl"
         after = self.state.resumed_after
-        progress = Progress(log, total_steps=self.total_steps, resumed_after=after, visible=visible)
+        progress = Progress(
+            log,
+            self.job.trackers,
+            total_steps=self.total_steps,
+            resumed_after=after,
+            visible=visible,
+        )
         try:
             with stop.deferred():
                 while self.state.step < self.total_steps and not self._out_of_patience():
@@ -119,7 +129,7 @@ class Trainer:
         self, steps: Sequence[Sequence[int]], *, start: int
     ) -> Iterator[tuple[int, StepBatches]]:
         """Number and collated micro-batches of each step from `start` on."""
-        size = self.config.per_device_train_batch_size
+        size = self.state.micro_batch_size or self.config.per_device_train_batch_size
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         shares = [share_step(step, size, rank=rank, processes=processes) for step in steps[start:]]
         loader: DataLoader[Any] = DataLoader(

@@ -1,6 +1,7 @@
 """What a person sees while training: a bar on a terminal, plain lines elsewhere, on stderr.
 
-Called by the loop; silent on ranks above 0. The same figures go to the run's `log.jsonl`.
+Called by the loop; silent on ranks above 0. The same figures go to the run's `log.jsonl` and to its
+trackers.
 """
 
 import json
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from peftkit.training.trackers import Trackers
 
 _STEPS = ("step", "total_steps")
 
@@ -21,10 +24,16 @@ class Progress:
     """
 
     def __init__(
-        self, log: Path, *, total_steps: int, resumed_after: int | None, visible: bool
+        self,
+        log: Path,
+        trackers: Trackers,
+        *,
+        total_steps: int,
+        resumed_after: int | None,
+        visible: bool,
     ) -> None:
         start_step = resumed_after or 0
-        self._log = log
+        self._log, self._trackers = log, trackers
         self._visible = visible
         self._total = total_steps
         if visible:
@@ -32,6 +41,7 @@ class Progress:
         if visible and resumed_after is not None:
             reason = "" if start_step else ", as there is no checkpoint"
             print(f"resuming after step {start_step}{reason}", file=sys.stderr, flush=True)
+        trackers.start(resumed_after=resumed_after)
         terminal = visible and sys.stderr.isatty()
         self._bar = (
             tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
@@ -50,6 +60,7 @@ class Progress:
             return
         with self._log.open("a") as stream:
             stream.write(_json(row) + "\n")
+        self._trackers.log(row)
         words = "  ".join(
             f"{key} {_short(value)}" for key, value in row.items() if key not in _STEPS
         )

@@ -1,9 +1,11 @@
 """The state of every random number generator, on every process.
 
-Called by the loop when it writes or reads a checkpoint.
+Called by the loop when it writes or reads a checkpoint, and around what must leave no trace.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,25 +15,39 @@ from accelerate.utils import gather_object
 
 
 def gather(accelerator: Accelerator) -> list[dict[str, Any]]:
-    """State of each process, by rank. Plain containers and tensors: loads without unpickling."""
+    """State of each process, by rank, as `own_state` gives it."""
+    states: list[dict[str, Any]] = gather_object([own_state()])
+    return states
+
+
+def own_state() -> dict[str, Any]:
+    """State of this process. Plain containers and tensors: loads without unpickling."""
     legacy: Any = np.random.get_state(legacy=True)
     name, keys, position, has_gauss, gauss = legacy
-    own = {
+    return {
         "torch": torch.get_rng_state(),
         # Of this process's own GPU only: reading the others' would open them.
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],
     }
-    states: list[dict[str, Any]] = gather_object([own])
-    return states
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set this process's generators to `state`, one entry of what `gather` gave."""
+    """Set this process's generators to `state`, as `own_state` gave it."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Whatever draws numbers inside, the generators go on afterwards as if it had not."""
+    state = own_state()
+    try:
+        yield
+    finally:
+        restore(state)

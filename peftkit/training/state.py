@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftkit.contracts import ParameterGroup, Split, Task
 from peftkit.data.batching import MicroBatch
 from peftkit.training.config import TrainingConfig
+from peftkit.training.trackers import Trackers
 
 StepBatches = list[tuple[MicroBatch, dict[str, Tensor]]]
 """One process's share of a step: each micro-batch with its collated tensors."""
@@ -33,6 +34,7 @@ class Job:
     """The run's folder: `log.jsonl` and `checkpoints/` go here."""
     conditions: Mapping[str, Any] = field(default_factory=dict)
     """By name, what must not have changed when the run is resumed: digests, precision."""
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 @dataclass
@@ -42,6 +44,8 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
+    micro_batch_size: int | None = None
+    """Examples in a forward pass of one process, where `auto_batch_size` found them."""
     best_step: int | None = None
     best_value: float | None = None
     stale_evaluations: int = 0

@@ -7,11 +7,13 @@ import torch
 import yaml
 
 from peftkit import experiment
+from peftkit.errors import RunError
 from peftkit.experiment import run_experiment
 from peftkit.memory import fake_step
 from peftkit.planning import of_run, predict
 from peftkit.planning.setting import of_recipe, train_shape
 from peftkit.recipe import from_resolved, load_recipe
+from peftkit.training.loop import Trainer
 
 METHODS = {
     "full": {"type": "full"},
@@ -111,6 +113,33 @@ def test_a_prediction_that_fails_stops_no_run(recipe, monkeypatch):
     monkeypatch.setattr(of_run, "predict", failing)
     record = run_experiment(recipe(METHODS["lora"]))
     assert (record.status, record.predicted_allocated_bytes) == ("completed", None)
+
+
+def test_a_run_without_memory_is_told_what_would_have_fitted(recipe, monkeypatch):
+    needed, real = {}, of_run._training_bytes
+
+    def noted(setting, size, processes):
+        needed[size] = real(setting, size, processes)
+        return needed[size]
+
+    monkeypatch.setattr(of_run, "_training_bytes", noted)
+    monkeypatch.setattr(Trainer, "_step", no_memory)
+    advice = []
+    for size in (None, 3):
+        room = needed[size] if size else 1
+        monkeypatch.setattr(of_run, "_room_bytes", lambda device, room=room: room)
+        with pytest.raises(RunError) as raised:
+            run_experiment(
+                recipe(METHODS["full"], per_device_train_batch_size=12), on_exists="overwrite"
+            )
+        advice.append(str(raised.value).rpartition("gradient_checkpointing: true")[2])
+    assert list(needed) == [12, 6, 3]
+    assert needed[12] > needed[6] > needed[3]
+    assert advice == ["", "; the planner expects 3 examples to fit"]
+
+
+def no_memory(*_):
+    raise MemoryError
 
 
 @pytest.mark.parametrize(("method", "recompute"), cases(("full", True), ("lora", False)))

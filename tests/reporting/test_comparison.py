@@ -129,6 +129,31 @@ def test_what_is_compared_is_no_condition(two_arms):
     assert only_table(two_arms).conditions == ()
 
 
+def used(size, accumulation):
+    """A record's word of a batch that was found."""
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    return {**sizes, "found": True}
+
+
+def test_a_batch_that_was_found_is_shown_as_it_was_used(two_arms):
+    asked = recipe_of("top", training={"auto_batch_size": True, "report_to": ["wandb"]})
+    write_arm(two_arms, "top", 0.9, recipe=asked, train_batch=used(8, 4))
+    found = only_table(two_arms).conditions
+    assert {one.condition: (one.values, one.marked) for one in found} == {
+        "examples in a forward pass of training": (
+            {"32": ["full", "lora"], "8": ["top"]},
+            ["top"],
+        ),
+        "accumulation steps": ({"1": ["full", "lora"], "4": ["top"]}, ["top"]),
+    }
+
+
+def test_a_batch_that_was_found_as_asked_for_is_no_condition(two_arms):
+    asked = recipe_of("top", training={"auto_batch_size": True})
+    write_arm(two_arms, "top", 0.9, recipe=asked, train_batch=used(32, 1))
+    assert only_table(two_arms).conditions == ()
+
+
 def test_training_data_may_hang_on_the_seed(tmp_path):
     for name in ("lora", "full"):
         for seed, letter in ((0, "b"), (1, "c")):

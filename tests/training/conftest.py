@@ -16,6 +16,7 @@ from peftkit.training.config import TrainingConfig
 from peftkit.training.loop import Trainer
 from peftkit.training.start import start_accelerator
 from peftkit.training.state import Job
+from peftkit.training.trackers import Trackers
 
 
 class ToyModel(nn.Module):
@@ -103,6 +104,7 @@ def make_trainer(tmp_path):
         holdout=12,
         conditions=None,
         scaler=None,
+        trackers=None,
         **training,
     ) -> Trainer:
         folder = folder or tmp_path
@@ -124,6 +126,7 @@ def make_trainer(tmp_path):
             seed=0,
             folder=folder,
             conditions=conditions or {},
+            trackers=trackers or Trackers(),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")

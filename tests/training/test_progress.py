@@ -7,12 +7,15 @@ import sys
 import pytest
 
 from peftkit.training.progress import Progress
+from peftkit.training.trackers import Trackers
 
 ROW = {"step": 3, "total_steps": 9, "epoch": 0.5, "loss": 0.123456, "learning_rate": 5e-05}
 
 
 def progress(log, **changes):
-    return Progress(log, **{"total_steps": 9, "resumed_after": None, "visible": True, **changes})
+    return Progress(
+        log, Trackers(), **{"total_steps": 9, "resumed_after": None, "visible": True, **changes}
+    )
 
 
 class Terminal(io.StringIO):

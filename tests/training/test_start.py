@@ -211,7 +211,16 @@ ZERO_AT_ALL = "launch: ZeRO-3: DeepSpeed updates the weights within the backward
             ],
         ),
         ("FSDP", {"l1": 0.1}, True, ["training.l1: under FSDP a process sees only its shard"]),
-        ("MULTI_GPU", {"l1": 0.1, "optimizer": "adamw_8bit"}, True, []),
+        *(
+            (
+                strategy,
+                {"auto_batch_size": True},
+                False,
+                [f"training.auto_batch_size: under {name}"],
+            )
+            for strategy, name in (("DEEPSPEED", "ZeRO-3"), ("FSDP", "FSDP"))
+        ),
+        ("MULTI_GPU", {"l1": 0.1, "optimizer": "adamw_8bit", "auto_batch_size": True}, True, []),
         ("FSDP", {"optimizer": "adamw_8bit"}, True, []),
         ("NO", {"l1": 0.1}, True, []),
     ],
