@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from peftkit.errors import RunError
+from peftkit.errors import SharedError
 from peftkit.training import rng
 from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
 from peftkit.training.sharded import shared_out_state, whole
@@ -92,4 +92,4 @@ class Snapshots:
             if then.get(name) != now.get(name)
         ]
         if problems:
-            raise RunError(problems)
+            raise SharedError(problems)
