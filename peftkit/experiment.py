@@ -23,7 +23,7 @@ from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
 from peftkit.run_facts import RunFacts, is_out_of_memory, status_of
-from peftkit.run_folder import OnExists, claimed
+from peftkit.run_folder import OnExists, claimed, note_recipe
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.loop import Trainer
 from peftkit.training.signals import StopRequest
@@ -56,7 +56,7 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
     """Carry the run out, and leave a record however it ends."""
     try:
         with StopRequest().listening() as stop:
-            _carry_out(facts, stop, resume=on_exists == "resume")
+            _carry_out(facts, stop, on_exists)
     except BaseException as error:  # however it ended, the record comes first
         _finish(facts, status_of(error), error)
         if is_out_of_memory(error):
@@ -68,7 +68,7 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
     return record
 
 
-def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
+def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
     recipe, accelerator, meter = facts.recipe, facts.accelerator, facts.meter
     task, method = _build(recipe)
     base = resolve_base(recipe.base)
@@ -107,8 +107,10 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         conditions=facts.conditions(),
     )
     trainer = Trainer(job, accelerator, meter)
+    if on_exists == "resume-weights-only":
+        _begin_anew(facts, trainer)
     try:
-        trainer.fit(stop, resume=resume)
+        trainer.fit(stop, resume=on_exists.startswith("resume"))
     finally:
         facts.training = trainer.state
 
@@ -128,6 +130,13 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
     accelerator.wait_for_everyone()
 
 
+def _begin_anew(facts: RunFacts, trainer: Trainer) -> None:
+    """Take the weights of the last checkpoint; from now on the folder is a run of this recipe."""
+    trainer.snapshots.begin_with_weights()
+    if facts.accelerator.is_main_process:
+        note_recipe(facts.recipe)
+
+
 def _build(recipe: Recipe) -> tuple[Task, Method]:
     """The task and the method that the recipe's sections configure."""
     resolved = recipe.resolved()
@@ -143,10 +152,15 @@ def _model_spec(facts: RunFacts, task: Task, data: TaskData) -> ModelSpec:
 
 
 def _finish(facts: RunFacts, status: Status, error: BaseException | None = None) -> RunRecord:
-    """Make the record, and write it from the main process."""
+    """Make the record, and write it from the main process; `error` is worth more than a record."""
     record = facts.record(status, error)
     if facts.accelerator.is_main_process:
-        write_record(facts.recipe.run_folder / "record.json", record)
+        try:
+            write_record(facts.recipe.run_folder / "record.json", record)
+        except OSError as full:
+            if error is None:
+                raise
+            _say(facts.accelerator, f"the record cannot be written either: {full.strerror}")
     return record
 
 

@@ -77,10 +77,11 @@ class RunFacts:
             self.seconds[name] = time.perf_counter() - started
 
     def conditions(self) -> dict[str, Any]:
-        """What must be as it was for the run to be resumed, besides its recipe."""
+        """What must be as it was for the run to be resumed."""
         assert self.data
         parts = (self.data.train, self.data.holdout, self.data.validation)
         return {
+            "recipe": self.recipe.resolved(),
             "base": self.base_digest,
             "base config": self.base_config,
             "tokenizer": self.tokenizer_digest,
@@ -149,6 +150,7 @@ class RunFacts:
             tokens_per_second=training.tokens / timed if timed else None,
             optimizer_steps=training.step,
             resumed_after_step=training.resumed_after,
+            weights_from_step=training.weights_from_step,
             trainable_parameters=trainable,
             total_parameters=total,
             delta_bytes=self._delta_bytes(),

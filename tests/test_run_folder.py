@@ -99,7 +99,8 @@ def test_resume_of_a_changed_recipe_names_the_change(claimed, folder, recipe, ti
     claimed(recipe)
     assert claimed(changed(tiny_recipe, learning_rate=1.0), "resume") == (
         f"{folder}: --resume needs the recipe that the run was started with; "
-        "training.learning_rate: then 0.005, now 1.0"
+        "training.learning_rate: then 0.005, now 1.0; --resume-weights-only begins anew with its "
+        "weights"
     )
 
 
@@ -131,7 +132,8 @@ def test_a_list_in_another_order_is_named_with_its_key(claimed, folder, recipe, 
     other = from_resolved({**tiny_recipe, "task": {**tiny_recipe["task"], "labels": labels}})
     assert claimed(other, "resume") == (
         f"{folder}: --resume needs the recipe that the run was started with; "
-        'task.labels: then ["negative", "positive"], now ["positive", "negative"]'
+        'task.labels: then ["negative", "positive"], now ["positive", "negative"]; '
+        "--resume-weights-only begins anew with its weights"
     )
 
 

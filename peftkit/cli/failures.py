@@ -4,14 +4,17 @@ Called by the `peftkit` command and by `run.py`; imports only `errors`.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from peftkit.errors import Interrupted, PeftkitError, UsageError
+from peftkit.errors import SIGNALLED, Interrupted, PeftkitError
 
 MAX_SURPRISE_CHARACTERS = 500
+
+_CODES = (0, 1, 2, SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM)
 
 
 def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
@@ -19,7 +22,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
 
     A `PeftkitError`, or a signal that stopped a run, prints one line per problem. Any other
     exception prints one line that names it. `debug` adds the traceback in both cases. The result
-    is always 0, 1 or 2.
+    is always 0, 1 or 2, or 130 after Ctrl-C and 143 after SIGTERM.
     """
     _open_missing_streams()
     try:
@@ -27,7 +30,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _tell(["interrupted"], code=1, debug=debug)
+        return _tell(["interrupted"], code=SIGNALLED + signal.SIGINT, debug=debug)
     except BrokenPipeError:
         return _reader_went_away()
     except (PeftkitError, Interrupted) as error:
@@ -52,8 +55,10 @@ def _ended(action: Callable[[], object]) -> int:
 
 
 def _allowed(code: object) -> int:
-    """The code that the command promises: 130 and its like count as 1."""
-    return {None: 0, 0: 0, 2: 2}.get(code if isinstance(code, int | None) else 1, 1)
+    """The code that the command promises; every other one counts as 1."""
+    if code is None:
+        return 0
+    return code if isinstance(code, int) and code in _CODES else 1
 
 
 def _lines(error: PeftkitError | Interrupted) -> list[str]:
@@ -61,7 +66,7 @@ def _lines(error: PeftkitError | Interrupted) -> list[str]:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         return error.problems
-    if isinstance(error, UsageError):
+    if error.everywhere:
         return []
     return [f"rank {rank}: {problem}" for problem in error.problems]
 

@@ -5,10 +5,11 @@ of the run say themselves what went wrong; `--debug` starts Accelerate's own lau
 """
 
 import logging
+import signal
 import subprocess
 import sys
 
-from peftkit.cli.launch import KILLED
+from peftkit.errors import SIGNALLED
 
 
 def main() -> int:
@@ -23,13 +24,13 @@ def main() -> int:
             sys.argv.remove("--quiet")  # it would make 1 of the signal that a run died of
         accelerate_launch()
     except KeyboardInterrupt:
-        return 1
+        return SIGNALLED + signal.SIGINT
     except subprocess.CalledProcessError as error:
         return _code(error.returncode)
     except ChildFailedError as error:
         return _code(min(failure.exitcode for failure in error.failures.values()))
-    except SignalException:
-        return 1
+    except SignalException as error:
+        return SIGNALLED + error.sigval
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         print(f"accelerate launch: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -38,7 +39,7 @@ def main() -> int:
 
 def _code(ended: int) -> int:
     """Exit code for that of a run's process, which is negative after a signal."""
-    return KILLED - ended if ended < 0 else 1
+    return SIGNALLED - ended if ended < 0 else 1
 
 
 def _silence() -> None:

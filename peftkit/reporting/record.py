@@ -138,6 +138,9 @@ class RunRecord(_Part):
     resumed_after_step: Count | None = None
     """Where the last `--resume` took the run up; None: it ran through in one process. Seconds,
     memory and throughput are those of all its processes together."""
+    weights_from_step: Count | None = None
+    """Step of an earlier training whose weights `--resume-weights-only` began with; what that
+    training cost is not in this record."""
     trainable_parameters: Count | None
     total_parameters: Count | None
     delta_bytes: Count | None

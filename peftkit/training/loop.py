@@ -30,7 +30,7 @@ from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
 from peftkit.training.progress import Progress
 from peftkit.training.signals import StopRequest
-from peftkit.training.snapshots import Snapshots
+from peftkit.training.snapshots import Snapshots, by_main
 from peftkit.training.state import Job, StepBatches, StepResult, TrainState
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(job.model, optimizer)
         self.state = TrainState()
         self._metering_done = False
-        self.checkpoints = CheckpointFolder(job.folder / "checkpoints")
+        limit = job.config.save_total_limit
+        self.checkpoints = CheckpointFolder(job.folder / "checkpoints", keep=limit)
         bare, kept = self._bare_model(), self.checkpoints
         self.snapshots = Snapshots(accelerator, bare, self.optimizer, meter, kept, job.conditions)
         self.evaluator = Evaluator(accelerator, job.config.per_device_eval_batch_size, meter)
@@ -214,9 +215,8 @@ class Trainer:
         value = self.best.value(result.metrics)
         if self.best.improves(value, state.best_value):
             state.best_step, state.best_value, state.stale_evaluations = state.step, value, 0
-            if self.accelerator.is_main_process:
-                self.checkpoints.save_best(state.step, self._bare_model())
-            self.accelerator.wait_for_everyone()
+            bare = self._bare_model()
+            by_main(self.accelerator, lambda: self.checkpoints.save_best(state.step, bare))
         else:
             state.stale_evaluations += 1
         return {f"holdout_{name}": value for name, value in result.metrics.items()}

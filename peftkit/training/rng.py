@@ -1,9 +1,11 @@
 """The state of every random number generator, on every process.
 
-Called by the loop when it writes or reads a checkpoint.
+Called by the loop when it writes or reads a checkpoint, and by the evaluation.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,34 @@ from accelerate.utils import gather_object
 
 def gather(accelerator: Accelerator) -> list[dict[str, Any]]:
     """State of each process, by rank. Plain containers and tensors: loads without unpickling."""
+    states: list[dict[str, Any]] = gather_object([_own()])
+    return states
+
+
+def _own() -> dict[str, Any]:
     legacy: Any = np.random.get_state(legacy=True)
     name, keys, position, has_gauss, gauss = legacy
-    own = {
+    return {
         "torch": torch.get_rng_state(),
         # Of this process's own GPU only: reading the others' would open them.
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],
     }
-    states: list[dict[str, Any]] = gather_object([own])
-    return states
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Put this process's generators back to what they were, whatever is drawn in between.
+
+    An evaluation needs it: scikit-learn draws a number when it is first imported, which in a
+    resumed process happens at another step.
+    """
+    before = _own()
+    try:
+        yield
+    finally:
+        restore(before)
 
 
 def restore(state: dict[str, Any]) -> None:

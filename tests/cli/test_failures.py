@@ -1,13 +1,11 @@
-"""Exceptions become lines on stderr and a code of 0, 1 or 2."""
+"""Exceptions become lines on stderr and a code of 0, 1 or 2, or 128 + a signal's number."""
+
+import signal
 
 import pytest
 
 from peftkit.cli.failures import exit_code_of
-from peftkit.errors import DataError, PeftkitError, RecipeError, RunError
-
-
-class StoppedError(RunError):
-    exit_code = 130
+from peftkit.errors import AgreedError, DataError, Interrupted, PeftkitError, RecipeError
 
 
 def raiser(error):
@@ -22,8 +20,13 @@ def raiser(error):
     [
         (RecipeError(["a:1: x", "a:2: y"]), 2, "a:1: x\na:2: y\n"),
         (DataError("train: no rows"), 1, "train: no rows\n"),
-        (StoppedError("stopped by SIGINT"), 1, "stopped by SIGINT\n"),
-        (KeyboardInterrupt(), 1, "interrupted\n"),
+        (Interrupted(signal.SIGINT), 130, "stopped by SIGINT\n"),
+        (
+            Interrupted(signal.SIGTERM, saved_step=4),
+            143,
+            "stopped by SIGTERM; --resume goes on after step 4\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             ValueError("two\n  lines"),
             1,
@@ -34,7 +37,8 @@ def raiser(error):
             1,
             "AssertionError (unexpected; rerun with --debug for the traceback)\n",
         ),
-        (SystemExit(130), 1, ""),
+        (SystemExit(143), 143, ""),
+        (SystemExit(129), 1, ""),
         (SystemExit(2), 2, ""),
         (SystemExit(None), 0, ""),
         (SystemExit("text"), 1, ""),
@@ -59,9 +63,17 @@ def test_debug_adds_the_traceback(capsys):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(PeftkitError(["a", "b"]), "rank 1: a\nrank 1: b\n"), (RecipeError("every rank sees it"), "")],
+    [
+        (PeftkitError(["a", "b"]), "rank 1: a\nrank 1: b\n"),
+        (RecipeError("every rank sees it"), ""),
+        (AgreedError("the ranks have told one another"), ""),
+        (Interrupted(signal.SIGTERM, saved_step=4), ""),
+        (Interrupted(signal.SIGTERM), "rank 1: stopped by SIGTERM\n"),
+    ],
 )
-def test_a_further_rank_names_itself_and_repeats_no_usage(error, said, monkeypatch, capsys):
+def test_a_further_rank_names_itself_and_repeats_nothing_that_all_say(
+    error, said, monkeypatch, capsys
+):
     monkeypatch.setenv("RANK", "1")
     exit_code_of(raiser(error), debug=False)
     assert capsys.readouterr().err == said

@@ -407,6 +407,13 @@ def test_resume_after_a_damaged_checkpoint_writes_it_again(
     assert all(torch.equal(expected[n], found[n]) for n in expected)
 
 
+def advice(trainer):
+    return (
+        f"{trainer.checkpoints.folder}: --resume-weights-only begins anew with its weights, "
+        "--overwrite without them"
+    )
+
+
 def test_resume_with_another_number_of_processes_is_refused(make_trainer, monkeypatch):
     trainer = make_trainer(num_train_epochs=1.0)
     trainer.fit(StopRequest())
@@ -414,20 +421,21 @@ def test_resume_with_another_number_of_processes_is_refused(make_trainer, monkey
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     with pytest.raises(RunError) as raised:
         trainer.fit(StopRequest(), resume=True)
-    assert str(raised.value) == (
-        "--resume: the run was started with processes 1, now it is 2; --overwrite starts it anew"
-    )
+    assert raised.value.problems == ["--resume: processes: then 1, now 2", advice(trainer)]
 
 
 def test_resume_under_other_conditions_is_refused_with_each_of_them(make_trainer):
-    make_trainer(conditions={"base": "one", "precision": "bf16", "data": "x"}).fit(StopRequest())
-    trainer = make_trainer(conditions={"base": "two", "precision": "no", "data": "x"})
+    then = {"base": "one", "precision": "bf16", "data": "x", "recipe": {"training": {"l1": 0.0}}}
+    now = {"base": "two", "precision": "no", "data": "x", "recipe": {"training": {"l1": 0.1}}}
+    make_trainer(conditions=then).fit(StopRequest())
+    trainer = make_trainer(conditions=now)
     with pytest.raises(RunError) as raised:
         trainer.fit(StopRequest(), resume=True)
     assert raised.value.problems == [
-        "--resume: the run was started with base one, now it is two; --overwrite starts it anew",
-        "--resume: the run was started with precision bf16, now it is no; "
-        "--overwrite starts it anew",
+        '--resume: base: then "one", now "two"',
+        '--resume: precision: then "bf16", now "no"',
+        "--resume: recipe.training.l1: then 0.0, now 0.1",
+        advice(trainer),
     ]
 
 
