@@ -104,6 +104,23 @@ def test_resume_of_a_changed_recipe_names_the_change(claimed, folder, recipe, ti
     )
 
 
+def test_weights_alone_are_taken_under_any_recipe(claimed, folder, recipe, tiny_recipe):
+    claimed(recipe)
+    (folder / "checkpoints/step-00000001").mkdir(parents=True)
+    other = changed(tiny_recipe, learning_rate=1.0)
+    assert claimed(other, "resume-weights-only") is None
+    # Until the weights have been taken, it is a run of the recipe that it was.
+    assert (folder / "recipe.yaml").read_text() == resolved_yaml(recipe)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_weights_alone_need_a_checkpoint(claimed, folder, recipe, exists):
+    if exists:
+        claimed(recipe)
+    message = f"{folder}: --resume-weights-only finds no checkpoint there"
+    assert claimed(recipe, "resume-weights-only") == message
+
+
 def test_resume_without_a_recipe_is_refused(claimed, folder, recipe):
     folder.mkdir(parents=True)
     (folder / "notes.txt").touch()
