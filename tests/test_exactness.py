@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
-from exact_runs import METHODS, STEPS, make_trainer, texts, trained
+from exact_runs import METHODS, STEPS, all_of, make_trainer, texts, trained
 
 from peftkit.modeling.parameters import (
     checkpoint_activations,
@@ -49,8 +49,15 @@ def begin(base, out, words, processes):
 
 
 def results(base, out, *words):
-    """By `rank-of-processes`, by method: what one process and what two found."""
-    for rank in [*begin(base, out, words, 1), *begin(base, out, words, 2)]:
+    """By `rank-of-processes`, by method: what one process (this one, if quick) and two found."""
+    part, *names = words
+    ranks = begin(base, out, words, 2)
+    if part == "quick":
+        one = {name: all_of(base, out, name, part=part, processes=1) for name in names}
+        (out / "0-of-1.json").write_text(json.dumps(one))
+    else:
+        ranks += begin(base, out, words, 1)
+    for rank in ranks:
         said = rank.communicate(timeout=500)[1]
         assert rank.returncode == 0, said[-3000:]
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*-of-*.json")}
@@ -85,7 +92,7 @@ def every_training(found):
 
 def test_batch_size_accumulation_and_processes_change_no_loss(found):
     trainings = every_training(found)
-    assert len(trainings) >= 3 + 2 + 2
+    assert len(trainings) >= 2 + 1 + 1
     expected = trainings["8x1 on 0-of-1"]["losses"]
     assert len(expected) == STEPS
     assert len(set(expected)) == STEPS
@@ -111,9 +118,10 @@ def test_processes_stay_bit_equal(found):
 
 def test_gradients_are_exchanged_once_a_step(found):
     counted = {name: one["exchanged"] for name, one in found["0-of-2"]["trained"].items()}
-    assert counted.keys() >= {"4x1", "1x4"}
-    assert min(counted["4x1"]) > 0
-    assert all(one == counted["4x1"] for one in counted.values())
+    assert {"2x2"} <= counted.keys()
+    buckets = counted["2x2"][-1]  # settled in the second step
+    assert buckets > 0
+    assert all(set(one[1:]) == {buckets} for one in counted.values())
 
 
 def test_evaluation_counts_each_example_once_whatever_the_batch_and_the_processes(found):

@@ -29,7 +29,7 @@ from peftkit.training.evaluation import Evaluator
 from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
 from peftkit.training.progress import Progress
-from peftkit.training.signals import StopRequest
+from peftkit.training.signals import StopRequest, mind_the_parent_only
 from peftkit.training.snapshots import Snapshots, by_main
 from peftkit.training.state import Job, StepBatches, StepResult, TrainState
 
@@ -126,6 +126,7 @@ class Trainer:
             batch_sampler=[micro.indices for share in shares for micro in share],
             collate_fn=self.job.task.collate,
             num_workers=self.config.dataloader_num_workers,
+            worker_init_fn=mind_the_parent_only,
             generator=torch.Generator(),  # else each epoch draws a seed from the global RNG
         )
         collated = iter(loader)

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,24 @@ class StopRequest:
     def _is_echo(self) -> bool:
         """Whether a further signal says nothing new: see `ECHO_SECONDS`, or the launcher's end."""
         return time.monotonic() - self._first < ECHO_SECONDS or os.getppid() != self._parent
+
+
+def mind_the_parent_only(_worker: int) -> None:
+    """In a process that collates: end when its parent says so, and by no other SIGTERM or Ctrl-C.
+
+    A signal to all processes of a job would take the batches from a run that is about to save.
+    """
+    numbers, parent = (signal.SIGINT, signal.SIGTERM), os.getppid()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
