@@ -7,12 +7,20 @@ Each message is one line per problem: where, what was found, what is allowed, wh
 import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Final
+
+SIGNALLED: Final = 128
+"""Added to the number of a signal that ended a process, as a shell does it."""
 
 
 class PeftkitError(Exception):
-    """Base of every expected failure; `exit_code` is what the process ends with."""
+    """Base of every expected failure; `exit_code` is what the process ends with.
+
+    `everywhere` says that every process of a run raises it alike, so that only the first speaks.
+    """
 
     exit_code = 1
+    everywhere = False
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -23,6 +31,7 @@ class UsageError(PeftkitError):
     """A command line that cannot be carried out as written."""
 
     exit_code = 2
+    everywhere = True
 
 
 class RecipeError(UsageError):
@@ -52,6 +61,8 @@ class RunError(PeftkitError):
 class SharedError(RunError):
     """A `RunError` that every process finds alike: the first of each machine says it for all."""
 
+    everywhere = True
+
 
 class NonFiniteError(RunError):
     """NaN or Inf in a loss or a gradient; names the optimizer step and the examples."""
@@ -60,12 +71,13 @@ class NonFiniteError(RunError):
 class Interrupted(BaseException):
     """A run was asked to stop. Not an Exception, so that no library's handler takes it for a fault.
 
-    `status` is the record's: `interrupted` or `terminated`.
+    `status` is the record's: `interrupted` or `terminated`; `exit_code` is 128 + the signal's
+    number, as a shell has it: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
-    exit_code = 1
-
     def __init__(self, number: int, *, saved_step: int | None = None) -> None:
+        self.exit_code = SIGNALLED + number
+        self.everywhere = saved_step is not None  # a checkpoint is written by all together
         self.status = "interrupted" if number == signal.SIGINT else "terminated"
         hint = "" if saved_step is None else f"; --resume goes on after step {saved_step}"
         self.problems = [f"stopped by {signal.Signals(number).name}{hint}"]

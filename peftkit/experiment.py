@@ -5,13 +5,14 @@ Called by `run.py`. Puts the rooms together and holds none of their knowledge.
 
 import sys
 from contextlib import closing
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer
 
 from peftkit import plugins
-from peftkit.contracts import Method, Task, TaskData
+from peftkit.contracts import Delta, Method, Task, TaskData
 from peftkit.errors import RegistryError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
@@ -19,12 +20,12 @@ from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
 from peftkit.modeling.parameters import checkpoint_activations, count_parameters, set_precision
 from peftkit.planning.of_run import fitting_batch, foresee
 from peftkit.recipe import Recipe
-from peftkit.registry import Registry, default_root, root_problem
+from peftkit.registry import DeltaInfo, Registry, default_root, root_problem
 from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
 from peftkit.run_facts import RunFacts, lost_process, status_of
-from peftkit.run_folder import OnExists, claimed
+from peftkit.run_folder import OnExists, claimed, note_recipe
 from peftkit.training.batch_size import is_out_of_memory
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.evaluation import Evaluation
@@ -69,7 +70,7 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
     """Carry the run out, and leave a record however it ends."""
     try:
         with StopRequest().listening() as stop:
-            _carry_out(facts, stop, resume=on_exists == "resume")
+            _carry_out(facts, stop, on_exists)
     except BaseException as error:  # however it ended, the record comes first
         lost = lost_process(error)
         _finish(facts, status_of(error), lost or error)
@@ -84,7 +85,7 @@ def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
     return record
 
 
-def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
+def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
     recipe, accelerator, meter = facts.recipe, facts.accelerator, facts.meter
     task, method = _build(recipe)
     base = resolve_base(recipe.base)
@@ -124,8 +125,10 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         trackers=facts.trackers,
     )
     trainer = Trainer(job, accelerator, meter)
+    if on_exists == "resume-weights-only":
+        _begin_anew(facts, trainer)
     try:
-        trainer.fit(stop, resume=resume)
+        trainer.fit(stop, resume=on_exists.startswith("resume"))
     finally:
         facts.training = trainer.state
 
@@ -137,20 +140,31 @@ def _carry_out(facts: RunFacts, stop: StopRequest, *, resume: bool) -> None:
         write_predictions(folder / PREDICTIONS, scored.columns)
         facts.predictions = PREDICTIONS
         delta = method.delta(accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
-        info = facts.delta_info(delta, spec, options)
-        try:
-            registry = Registry(default_root())
-            facts.stored = registry.save(recipe.name, delta, info, base=base.path)
-        except RegistryError as error:
-            kept = "the run's checkpoint is kept: once that is mended, --resume stores the delta"
-            raise RegistryError([*error.problems, kept]) from error
+        _store(facts, delta, facts.delta_info(delta, spec, options), base.path)
     accelerator.wait_for_everyone()
+
+
+def _store(facts: RunFacts, delta: Delta, info: DeltaInfo, base: Path) -> None:
+    """Put the delta into the registry."""
+    try:
+        registry = Registry(default_root())
+        facts.stored = registry.save(facts.recipe.name, delta, info, base=base)
+    except RegistryError as error:
+        kept = "the run's checkpoint is kept: once that is mended, --resume stores the delta"
+        raise RegistryError([*error.problems, kept]) from error
 
 
 def _track(facts: RunFacts, scored: Evaluation) -> None:
     """Hand the validation scores to the trackers."""
     scores = {f"validation_{name}": value for name, value in scored.metrics.items()}
     facts.trackers.log({"step": facts.training.step, **scores})
+
+
+def _begin_anew(facts: RunFacts, trainer: Trainer) -> None:
+    """Take the weights of the last checkpoint; from now on the folder is a run of this recipe."""
+    trainer.snapshots.begin_with_weights()
+    if facts.accelerator.is_main_process:
+        note_recipe(facts.recipe)
 
 
 def _build(recipe: Recipe) -> tuple[Task, Method]:
@@ -169,10 +183,15 @@ def _model_spec(facts: RunFacts, task: Task, data: TaskData) -> ModelSpec:
 
 
 def _finish(facts: RunFacts, status: Status, error: BaseException | None = None) -> RunRecord:
-    """Make the record, and write it from the main process."""
+    """Make the record, and write it from the main process; `error` is worth more than a record."""
     record = facts.record(status, error)
     if facts.accelerator.is_main_process:
-        write_record(facts.recipe.run_folder / "record.json", record)
+        try:
+            write_record(facts.recipe.run_folder / "record.json", record)
+        except OSError as full:
+            if error is None:
+                raise
+            _say(facts.accelerator, f"the record cannot be written either: {full.strerror}")
     return record
 
 

@@ -12,8 +12,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     flags = parser.add_mutually_exclusive_group()
-    flags.add_argument("--overwrite", dest="on_exists", action="store_const", const="overwrite")
-    flags.add_argument("--resume", dest="on_exists", action="store_const", const="resume")
+    for word in ("overwrite", "resume", "resume-weights-only"):
+        flags.add_argument(f"--{word}", dest="on_exists", action="store_const", const=word)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser.parse_intermixed_args(argv)
 

@@ -84,10 +84,11 @@ class RunFacts:
             self.seconds[name] = time.perf_counter() - started
 
     def conditions(self) -> dict[str, Any]:
-        """What must be as it was for the run to be resumed, besides its recipe."""
+        """What must be as it was for the run to be resumed."""
         assert self.data
         parts = (self.data.train, self.data.holdout, self.data.validation)
         return {
+            "recipe": self.recipe.resolved(),
             "base": self.base_digest,
             "base config": self.base_config,
             "tokenizer": self.tokenizer_digest,
@@ -168,6 +169,7 @@ class RunFacts:
             optimizer_steps=training.step,
             resumed_after_step=training.resumed_after,
             train_batch=self.train_batch if training.step or training.micro_batch_size else None,
+            weights_from_step=training.weights_from_step,
             trainable_parameters=trainable,
             total_parameters=total,
             delta_bytes=self._delta_bytes(),

@@ -4,16 +4,16 @@ Called by the experiment; the comparison looks in, so accelerate is imported ins
 """
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from peftkit import yaml_source
 from peftkit.errors import RecipeError, RunError, SharedError
+from peftkit.nested import differences
 from peftkit.recipe import Recipe, resolved_yaml
 from peftkit.reporting.gathering import LAUNCH_FILE
 from peftkit.reporting.record import read_record
@@ -22,10 +22,12 @@ from peftkit.staging import write_file
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-OnExists = Literal["refuse", "overwrite", "resume"]
+OnExists = Literal["refuse", "overwrite", "resume", "resume-weights-only"]
+
+RECIPE_FILE = "recipe.yaml"
 
 _OWN_FILES = (
-    "recipe.yaml",
+    RECIPE_FILE,
     "record.json",
     "predictions.parquet",
     "log.jsonl",
@@ -72,11 +74,20 @@ def _claim(folder: Path, recipe: str, on_exists: OnExists, held: ExitStack) -> s
                 return f"{folder}: the run's folder exists; add --overwrite or --resume"
             if on_exists == "resume":
                 return _resumable(folder, recipe)
+            if on_exists == "resume-weights-only":
+                return _has_weights(folder)
             _empty(folder)
-        write_file(folder / "recipe.yaml", recipe.encode())
+        elif on_exists == "resume-weights-only":
+            return _has_weights(folder)
+        write_file(folder / RECIPE_FILE, recipe.encode())
     except OSError as error:
         return f"{folder}: cannot be written: {error.strerror}"
     return None
+
+
+def note_recipe(recipe: Recipe) -> None:
+    """Keep the recipe in the run's folder, from now on the one that `--resume` needs."""
+    write_file(recipe.run_folder / RECIPE_FILE, resolved_yaml(recipe).encode())
 
 
 def try_lock(folder: Path) -> int | None:
@@ -98,7 +109,7 @@ def try_lock(folder: Path) -> int | None:
 
 
 def _resumable(folder: Path, recipe: str) -> str | None:
-    stored = folder / "recipe.yaml"
+    stored = folder / RECIPE_FILE
     if not stored.is_file():
         return f"{folder}: has no recipe.yaml, so there is no run to resume; add --overwrite"
     if _is_complete(folder / "record.json"):
@@ -111,8 +122,19 @@ def _resumable(folder: Path, recipe: str) -> str | None:
         (folder / LAUNCH_FILE).unlink(missing_ok=True)
         return None
     return (
-        f"{folder}: --resume needs the recipe that the run was started with; {'; '.join(changed)}"
+        f"{folder}: --resume needs the recipe that the run was started with; {'; '.join(changed)}; "
+        "--resume-weights-only begins anew with its weights"
     )
+
+
+def _has_weights(folder: Path) -> str | None:
+    """What stands against beginning anew with the weights of the folder's last checkpoint."""
+    if _is_complete(folder / "record.json"):
+        return f"{folder}: the run is complete and has no checkpoint any more; add --overwrite"
+    if not has_checkpoint(folder):
+        return f"{folder}: --resume-weights-only finds no checkpoint there"
+    (folder / LAUNCH_FILE).unlink(missing_ok=True)
+    return None
 
 
 def changes(stored: Path, recipe: str) -> list[str]:
@@ -121,27 +143,17 @@ def changes(stored: Path, recipe: str) -> list[str]:
     Raises:
         RecipeError: the stored recipe is damaged.
     """
-    then, now = (_keys(text) for text in (stored.read_text(errors="replace"), recipe))
-    return [
-        f"{key}: then {then.get(key, 'absent')}, now {now.get(key, 'absent')}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
+    texts = (stored.read_text(errors="replace"), recipe)
+    then, now = (yaml_source.parse(text, RECIPE_FILE).value for text in texts)
+    if not isinstance(then, dict):
+        raise RecipeError(f"{stored}: is no recipe")
+    return differences(then, now)
 
 
-def _keys(recipe: str) -> dict[str, str]:
-    """Dotted key → value as JSON, of a resolved recipe."""
-    found: dict[str, str] = {}
-
-    def walk(value: Any, path: tuple[str, ...]) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(inner, (*path, str(key)))
-        else:
-            found[".".join(path)] = json.dumps(value)
-
-    walk(yaml_source.parse(recipe, "recipe.yaml").value, ())
-    return found
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run can be taken up at a later point than its start."""
+    names = (path.name for path in (folder / "checkpoints").glob("*-*"))
+    return any(name.startswith(("step-", "begin-")) for name in names)
 
 
 def _is_complete(record: Path) -> bool:

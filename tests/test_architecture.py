@@ -18,7 +18,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ORDER = (
     ("__init__",),
     ("errors",),
-    ("schema",),
+    ("schema", "nested"),
     ("staging",),
     ("yaml_source",),
     ("contracts", "plugins", "recipe_problems"),

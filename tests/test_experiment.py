@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, however it ends."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -21,15 +22,30 @@ from peftkit import experiment, plugins
 from peftkit.data import hub
 from peftkit.errors import Interrupted, NonFiniteError, RunError, UsageError
 from peftkit.experiment import run_experiment
-from peftkit.recipe import from_resolved
+from peftkit.modeling.parameters import trainable_parameters
+from peftkit.recipe import from_resolved, resolved_yaml
 from peftkit.registry import Registry
 from peftkit.reporting.record import read_record
+from peftkit.reporting.summary import summary_lines
+from peftkit.tasks.classification import Classification
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.evaluation import Evaluator
 from peftkit.training.loop import Trainer
 
 RUN = Path(__file__).parents[1] / "peftkit" / "run.py"
 FOLDER = Path("runs/tiny-seed0")
+
+
+METHODS = {
+    "full": {"type": "full"},
+    "top_layers": {"type": "top_layers", "num_layers": 1},
+    "lora": {"type": "lora", "lora_dropout": 0.1},
+    "qlora": {"type": "qlora", "lora_dropout": 0.1},
+}
+EACH_METHOD = pytest.mark.parametrize(
+    "method",
+    ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "lora")],
+)
 
 
 class Crash(BaseException):
@@ -192,20 +208,22 @@ def test_holdout_selects_and_validation_is_scored_once_at_the_end(recipe, monkey
     assert record.metrics["holdout"] == best["holdout"]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(recipe):
-    run_experiment(recipe())
-    run_experiment(recipe(), on_exists="overwrite")
-    run_experiment(recipe(seed=1))
+@EACH_METHOD
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(recipe, method):
+    section = METHODS[method]
+    run_experiment(recipe(section, dropout=0.2))
+    workers = {"on_exists": "overwrite"}
+    run_experiment(recipe(section, dropout=0.2, dataloader_num_workers=2), **workers)
+    run_experiment(recipe(section, dropout=0.2, seed=1))
     assert delta_bytes(version="v1") == delta_bytes(version="v2") != delta_bytes(version="v3")
 
 
-@pytest.mark.parametrize("method", [{"type": "full"}, {"type": "lora", "lora_dropout": 0.1}])
+@EACH_METHOD
 def test_recomputing_activations_changes_no_loss(recipe, method):
     losses = []
     for recompute in (False, True):
-        run_experiment(
-            recipe(method, gradient_checkpointing=recompute, max_steps=6), on_exists="overwrite"
-        )
+        changes = {"gradient_checkpointing": recompute, "max_steps": 6, "dropout": 0.2}
+        run_experiment(recipe(METHODS[method], **changes), on_exists="overwrite")
         rows = [json.loads(line) for line in (FOLDER / "log.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert len(losses[0]) == 6
@@ -380,22 +398,114 @@ def test_however_it_ends_there_is_a_record_and_the_error_goes_on(
     assert not Path(os.environ["PEFTKIT_REGISTRY"]).exists()
 
 
-def test_nan_in_a_weight_is_non_finite_and_keeps_the_checkpoint(recipe, monkeypatch):
+@EACH_METHOD
+def test_nan_in_a_weight_is_non_finite_and_keeps_the_checkpoint(recipe, monkeypatch, method):
     real = Trainer._step
 
     def poisoned(self, batches):
         if self.state.step == 12:
             with torch.no_grad():
-                next(self.job.model.parameters())[:] = torch.nan
+                next(p for p in self.job.model.parameters() if p.requires_grad)[:] = torch.nan
         return real(self, batches)
 
     monkeypatch.setattr(Trainer, "_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"^step 13: loss nan, .*; train rows \d+, "):
-        run_experiment(recipe())
+        run_experiment(recipe(METHODS[method]))
+    assert not Path(os.environ["PEFTKIT_REGISTRY"]).exists()
     assert read_record(FOLDER / "record.json").status == "non_finite"
     newest = CheckpointFolder(FOLDER / "checkpoints").newest()
     assert newest.state["step"] == 11
     assert all(tensor.isfinite().all() for tensor in newest.trained.values())
+
+
+@EACH_METHOD
+def test_the_stored_delta_is_that_of_the_first_best_evaluation(recipe, monkeypatch, method):
+    """Scripted scores with a tie and a NaN, and the run is taken up after the best of them."""
+    script = {2: 0.5, 4: math.nan, 6: 0.7, 8: 0.7, 10: 0.6, 12: 0.2}
+    seen, real, metrics = {}, Trainer._evaluate, Classification.metrics
+
+    def noted(self, holdout):
+        noted.step = self.state.step
+        trained = trainable_parameters(self.job.model).values()
+        seen[noted.step] = [parameter.detach().clone() for parameter in trained]
+        return real(self, holdout)
+
+    def scripted(self, columns):
+        found = metrics(self, columns)
+        return found | {"accuracy": script.get(noted.step, 0.0)}
+
+    monkeypatch.setattr(Trainer, "_evaluate", noted)
+    monkeypatch.setattr(Classification, "metrics", scripted)
+    settings = {"eval_steps": 2, "save_steps": 3, "max_steps": 12, "dropout": 0.2}
+    mend = die_in_step(monkeypatch, 11)
+    with pytest.raises(Crash):
+        run_experiment(recipe(METHODS[method], **settings))
+    mend()
+    record = run_experiment(recipe(METHODS[method], **settings), on_exists="resume")
+    assert record.metrics["holdout"]["accuracy"] == 0.7
+    stored = Registry(Path(os.environ["PEFTKIT_REGISTRY"]))
+    tensors = list(stored.read_delta(stored.find("tiny")).tensors.values())
+
+    def holds(step):
+        return all(any(torch.equal(parameter, t) for t in tensors) for parameter in seen[step])
+
+    assert [step for step in script if holds(step)] == [6]
+
+
+def test_weights_alone_go_on_under_another_recipe_and_the_record_says_so(recipe, monkeypatch):
+    mend = die_in_step(monkeypatch, 15)
+    with pytest.raises(Crash):
+        run_experiment(recipe())
+    mend()
+    other = recipe(learning_rate=1e-4, max_steps=4)
+    with pytest.raises(RunError, match="--resume-weights-only begins anew with its weights"):
+        run_experiment(other, on_exists="resume")
+    record = run_experiment(other, on_exists="resume-weights-only")
+    assert (record.weights_from_step, record.resumed_after_step) == (11, None)
+    assert (record.optimizer_steps, record.status) == (4, "completed")
+    assert (FOLDER / "recipe.yaml").read_text() == resolved_yaml(other)
+    steps = [json.loads(line)["step"] for line in (FOLDER / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]
+    assert "Began with weights of a training before: step 11" in summary_lines(record)
+
+
+def test_weights_of_another_method_are_refused_and_the_run_can_go_on(recipe, monkeypatch):
+    mend = die_in_step(monkeypatch, 15)
+    with pytest.raises(Crash):
+        run_experiment(recipe())
+    mend()
+    with pytest.raises(RunError, match="trained parameters differ"):
+        run_experiment(recipe(TOP), on_exists="resume-weights-only")
+    assert run_experiment(recipe(), on_exists="resume").resumed_after_step == 11
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_whatever_the_folder_says(recipe, monkeypatch):
+    mend = die_in_step(monkeypatch, 15)
+    with pytest.raises(Crash):
+        run_experiment(recipe())
+    mend()
+    other = recipe(weight_decay=0.5)
+    (FOLDER / "recipe.yaml").write_text(resolved_yaml(other))
+    with pytest.raises(RunError) as raised:
+        run_experiment(other, on_exists="resume")
+    assert raised.value.problems == [
+        "--resume: recipe.training.weight_decay: then 0.01, now 0.5",
+        f"{FOLDER}/checkpoints: --resume-weights-only begins anew with its weights, "
+        "--overwrite without them",
+    ]
+
+
+def test_a_record_that_cannot_be_written_hides_no_error(recipe, monkeypatch, capfd):
+    die_in_step(monkeypatch, 3, NonFiniteError("step 3: loss nan"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiment, "write_record", full)
+    with pytest.raises(NonFiniteError):
+        run_experiment(recipe())
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == "the record cannot be written either: No space left on device"
 
 
 def test_a_base_that_is_not_there_leaves_a_record_too(recipe, tiny_recipe):
@@ -435,9 +545,10 @@ def test_a_run_is_not_resumed_on_another_base_or_other_data(recipe, tiny_recipe,
     finally:
         (base / "model.safetensors").write_bytes(before["weights"])
         (data / "train.jsonl").write_bytes(before["rows"])
-    starts = ("base sha256:", "holdout data sha256:", "train data sha256:")
-    expected = [f"--resume: the run was started with {start}" for start in starts]
-    assert [p[: len(e)] for p, e in zip(raised.value.problems, expected, strict=True)] == expected
+    *found, _advice = raised.value.problems
+    named = ("base", "holdout data", "train data")
+    expected = [f'--resume: {name}: then "sha256:' for name in named]
+    assert [p[: len(e)] for p, e in zip(found, expected, strict=True)] == expected
     assert run_experiment(recipe(), on_exists="resume").resumed_after_step == 11
 
 
@@ -462,14 +573,6 @@ def test_checkpoints_outlive_a_failure_to_store(recipe, monkeypatch):
     monkeypatch.setattr(Registry, "save", real)
     assert run_experiment(recipe(max_steps=2), on_exists="resume").delta == "tiny@v1"
     assert not (FOLDER / "checkpoints").exists()
-
-
-METHODS = {
-    "full": {"type": "full"},
-    "top_layers": {"type": "top_layers", "num_layers": 1},
-    "lora": {"type": "lora", "lora_dropout": 0.1},
-    "qlora": {"type": "qlora", "lora_dropout": 0.1},
-}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -632,7 +735,7 @@ def test_signalled_run_resumes_to_the_same_delta(recipe, recipe_file, number, st
         assert process.returncode == -signal.SIGKILL
         assert not (FOLDER / "record.json").exists()
     else:
-        assert (process.returncode, out) == (1, "")
+        assert (process.returncode, out) == (128 + number, "")
         record = read_record(FOLDER / "record.json")
         said = f"stopped by {number.name}; --resume goes on after step {record.optimizer_steps}"
         assert err.splitlines()[-1] == said

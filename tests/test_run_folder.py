@@ -99,8 +99,26 @@ def test_resume_of_a_changed_recipe_names_the_change(claimed, folder, recipe, ti
     claimed(recipe)
     assert claimed(changed(tiny_recipe, learning_rate=1.0), "resume") == (
         f"{folder}: --resume needs the recipe that the run was started with; "
-        "training.learning_rate: then 0.005, now 1.0"
+        "training.learning_rate: then 0.005, now 1.0; --resume-weights-only begins anew with its "
+        "weights"
     )
+
+
+def test_weights_alone_are_taken_under_any_recipe(claimed, folder, recipe, tiny_recipe):
+    claimed(recipe)
+    (folder / "checkpoints/step-00000001").mkdir(parents=True)
+    other = changed(tiny_recipe, learning_rate=1.0)
+    assert claimed(other, "resume-weights-only") is None
+    # Until the weights have been taken, it is a run of the recipe that it was.
+    assert (folder / "recipe.yaml").read_text() == resolved_yaml(recipe)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_weights_alone_need_a_checkpoint(claimed, folder, recipe, exists):
+    if exists:
+        claimed(recipe)
+    message = f"{folder}: --resume-weights-only finds no checkpoint there"
+    assert claimed(recipe, "resume-weights-only") == message
 
 
 def test_resume_without_a_recipe_is_refused(claimed, folder, recipe):
@@ -131,7 +149,8 @@ def test_a_list_in_another_order_is_named_with_its_key(claimed, folder, recipe, 
     other = from_resolved({**tiny_recipe, "task": {**tiny_recipe["task"], "labels": labels}})
     assert claimed(other, "resume") == (
         f"{folder}: --resume needs the recipe that the run was started with; "
-        'task.labels: then ["negative", "positive"], now ["positive", "negative"]'
+        'task.labels: then ["negative", "positive"], now ["positive", "negative"]; '
+        "--resume-weights-only begins anew with its weights"
     )
 
 

@@ -34,7 +34,8 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or recipe. "
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 130 after Ctrl-C, "
+        "143 after SIGTERM. "
         "Results go to stdout, everything else to stderr.",
     )
     app.callback()(_root)

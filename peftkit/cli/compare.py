@@ -4,6 +4,7 @@ Called by `cli.app`; imports the plan, the runs and the report inside the verb.
 """
 
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from peftkit.cli.output import note
-from peftkit.errors import RunError
+from peftkit.errors import SIGNALLED, RunError
 
 if TYPE_CHECKING:
     from peftkit.cli.comparison_plan import ComparisonPlan
@@ -69,7 +70,8 @@ def compare(
 
     Runs each recipe under each seed and writes the report. KEY=VALUE overrides a key in all of
     them. Stopped and started again, it goes on where it was; what is done is not repeated. A run
-    that fails becomes a row with its reason. Exits 1 if a run has failed.
+    that fails becomes a row with its reason. Exits 1 if a run has failed, 130 after Ctrl-C and 143
+    after SIGTERM.
     """
     from peftkit.cli.comparison_folders import locked, survey
     from peftkit.cli.comparison_plan import planned_runs, read_plan
@@ -89,11 +91,18 @@ def compare(
             command = shlex.join(["peftkit", "compare", *context.meta[_WORDS]])
             why = f"stopped by {stopped_by.name}" if stopped_by else "stopped from outside"
             note(f"{why}: {left} of {len(rows)} runs are left; go on with\n{command}")
-            raise typer.Exit(1)
+            raise typer.Exit(_exit_code(stopped_by))
         write_report(plan)
     if failed := sum(row.state == "failed" for row in rows):
         note(f"{failed} of {len(rows)} runs failed")
         raise typer.Exit(1)
+
+
+def _exit_code(stopped_by: signal.Signals | None) -> int:
+    """That of a run that the same signal stopped; a lost terminal counts as SIGTERM."""
+    if stopped_by is None:
+        return 1
+    return SIGNALLED + (signal.SIGINT if stopped_by == signal.SIGINT else signal.SIGTERM)
 
 
 def _refuse_unusable_registry() -> None:

@@ -16,7 +16,7 @@ from peftkit.errors import RecipeError, RunError, UsageError
 from peftkit.recipe import resolved_yaml
 from peftkit.reporting.gathering import LAUNCH_FILE
 from peftkit.reporting.record import RunRecord, read_record
-from peftkit.run_folder import changes, try_lock
+from peftkit.run_folder import changes, has_checkpoint, try_lock
 from peftkit.staging import write_file
 
 Task = Literal["start", "overwrite", "resume", "keep"]
@@ -75,7 +75,7 @@ def _was_stopped(record: RunRecord | None) -> bool:
 
 
 def _way_to_go_on(folder: Path) -> Task:
-    if any((folder / "checkpoints").glob("step-*")):
+    if has_checkpoint(folder):
         return "resume"
     return "overwrite" if folder.is_dir() and any(folder.iterdir()) else "start"
 

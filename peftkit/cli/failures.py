@@ -4,17 +4,20 @@ Called by the `peftkit` command and by `run.py`; imports only `errors`.
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from peftkit.errors import Interrupted, PeftkitError, SharedError, UsageError
+from peftkit.errors import SIGNALLED, Interrupted, PeftkitError, SharedError
 
 MAX_SURPRISE_CHARACTERS = 500
 SPEAKER_SECONDS = 20.0
 """How long a process that leaves the word to another one waits for it."""
+
+_CODES = (0, 1, 2, SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM)
 
 
 def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
@@ -22,7 +25,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
 
     A `PeftkitError`, or a signal that stopped a run, prints one line per problem. Any other
     exception prints one line that names it. `debug` adds the traceback in both cases. The result
-    is always 0, 1 or 2.
+    is always 0, 1 or 2, or 130 after Ctrl-C and 143 after SIGTERM.
     """
     _open_missing_streams()
     try:
@@ -30,7 +33,7 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _tell(["interrupted"], code=1, debug=debug)
+        return _tell(["interrupted"], code=SIGNALLED + signal.SIGINT, debug=debug)
     except BrokenPipeError:
         return _reader_went_away()
     except (PeftkitError, Interrupted) as error:
@@ -56,8 +59,10 @@ def _ended(action: Callable[[], object]) -> int:
 
 
 def _allowed(code: object) -> int:
-    """The code that the command promises: 130 and its like count as 1."""
-    return {None: 0, 0: 0, 2: 2}.get(code if isinstance(code, int | None) else 1, 1)
+    """The code that the command promises; every other one counts as 1."""
+    if code is None:
+        return 0
+    return code if isinstance(code, int) and code in _CODES else 1
 
 
 def _lines(error: PeftkitError | Interrupted) -> list[str]:
@@ -70,16 +75,19 @@ def _lines(error: PeftkitError | Interrupted) -> list[str]:
     return [f"rank {rank}: {problem}" for problem in error.problems]
 
 
-def _is_said_by_another(error: BaseException) -> bool:
+def _is_said_by_another(error: PeftkitError | Interrupted) -> bool:
     """Whether the first process, or the first of this machine, finds the same and says it."""
     if isinstance(error, SharedError):
         return os.environ.get("LOCAL_RANK", "0") != "0"
-    return isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"
+    return bool(error.everywhere) and os.environ.get("RANK", "0") != "0"
 
 
-def _let_the_first_speak(error: BaseException) -> None:
-    """Launchers stop every process as soon as one ends, which must not be a silent one."""
-    if _is_said_by_another(error):
+def _let_the_first_speak(error: PeftkitError | Interrupted) -> None:
+    """Launchers stop every process as soon as one ends, which must not be a silent one.
+
+    Of a signal they know, and end when all have ended.
+    """
+    if _is_said_by_another(error) and not isinstance(error, Interrupted):
         time.sleep(SPEAKER_SECONDS)
 
 

@@ -18,13 +18,11 @@ import yaml
 
 import peftkit
 from peftkit.cli.failures import exit_code_of
-from peftkit.errors import RunError, UsageError
+from peftkit.errors import SIGNALLED, Interrupted, RunError, UsageError
 
 SCRIPT = Path(peftkit.__file__).with_name("run.py")
 EXIT_FILE = "PEFTKIT_EXIT_FILE"
 """Names the file in which the first process of a run leaves its exit code."""
-KILLED = 128
-"""Added to the number of a signal that a run died of, as a shell does it."""
 POLL_SECONDS = 0.2
 QUIET_LAUNCHER = "peftkit.cli.launcher"
 
@@ -44,6 +42,7 @@ def launch(script_arguments: Sequence[str], *, nproc: int | None, extra: Sequenc
     Raises:
         UsageError: more processes than this machine has accelerators.
         RunError: the run ended without leaving an exit code.
+        Interrupted: it did so because of Ctrl-C or SIGTERM, before it had begun.
     """
     with tempfile.TemporaryDirectory(prefix="peftkit-") as folder:
         exit_file = Path(folder) / "exit_code"
@@ -245,7 +244,10 @@ def _own_exit_code(exit_file: Path, ended: int) -> int:
         return int(exit_file.read_text()) if exit_file.is_file() else 0
     if ended == UsageError.exit_code:
         return ended  # accelerate launch refused its arguments and has said so
-    if number := killing_signal(ended):
+    number = killing_signal(ended)
+    if number in (signal.SIGINT, signal.SIGTERM):
+        raise Interrupted(number)
+    if number:
         raise RunError(
             f"the run ended without a result: {number.name} killed it, most often for lack of "
             "memory; see the lines above"
@@ -258,7 +260,7 @@ def _own_exit_code(exit_file: Path, ended: int) -> int:
 
 def killing_signal(ended: int) -> signal.Signals | None:
     """The signal that a run or its launcher died of, by the launcher's exit code."""
-    number = -ended if ended < 0 else ended - KILLED
+    number = -ended if ended < 0 else ended - SIGNALLED
     try:
         return signal.Signals(number) if number > 0 else None
     except ValueError:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftkit.cli.launch import EXIT_FILE, KILLED
+from peftkit.cli.launch import EXIT_FILE
+from peftkit.errors import SIGNALLED
 
 STOPPED = -signal.SIGTERM
 """How a process ends that the launcher stops because another one has ended."""
@@ -30,15 +31,15 @@ def main() -> int:
             sys.argv.remove("--quiet")  # it would make 1 of the signal that a run died of
         accelerate_launch()
     except KeyboardInterrupt:
-        return 1
+        return SIGNALLED + signal.SIGINT
     except subprocess.CalledProcessError as error:
         return _code(error.returncode)
     except ChildFailedError as error:
         ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
         _name_the_killed(ended)
         return _code(min(ended.values(), key=lambda code: (code == STOPPED, code)))
-    except SignalException:
-        return 1
+    except SignalException as error:
+        return SIGNALLED + error.sigval
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"accelerate launch: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -60,7 +61,7 @@ def _name_the_killed(codes: Mapping[int, int]) -> None:
 
 def _code(ended: int) -> int:
     """Exit code for that of a run's process, which is negative after a signal."""
-    return KILLED - ended if ended < 0 else 1
+    return SIGNALLED - ended if ended < 0 else 1
 
 
 def _silence() -> None:

@@ -45,6 +45,10 @@ def run_verb(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")
     ] = False,
+    resume_weights_only: Annotated[
+        bool,
+        typer.Option("--resume-weights-only", help="Begin anew with that checkpoint's weights."),
+    ] = False,
 ) -> None:
     """Train by a recipe.
 
@@ -55,12 +59,17 @@ def run_verb(
     from peftkit.recipe import load_recipe
 
     overrides, extra = split_arguments(context.args)
-    if overwrite and resume:
-        raise UsageError("--overwrite and --resume: give one of them, not both")
-    load_recipe(recipe, overrides)
-    flags = {"--overwrite": overwrite, "--resume": resume, "--debug": bool(context.obj)}
+    flags = {
+        "--overwrite": overwrite,
+        "--resume": resume,
+        "--resume-weights-only": resume_weights_only,
+    }
     given = [flag for flag, on in flags.items() if on]
-    code = launch([str(recipe), *overrides, *given], nproc=nproc, extra=extra)
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: give one of them")
+    load_recipe(recipe, overrides)
+    debug = ["--debug"] if context.obj else []
+    code = launch([str(recipe), *overrides, *given, *debug], nproc=nproc, extra=extra)
     raise typer.Exit(code)
 
 

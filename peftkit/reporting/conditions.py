@@ -145,6 +145,9 @@ def _of_a_run(shared_machine: set[int]) -> dict[str, Callable[[Run], Any]]:
         "processes": of(lambda record: record.processes),
         "distribution": of(lambda record: record.distributed_type),
         "resumed": of(lambda record: record.resumed_after_step is not None),
+        "begun with weights of a training before": of(
+            lambda record: record.weights_from_step is not None
+        ),
         "another run at the same time": lambda run: id(run.record) in shared_machine,
         "commit": of(_commit),
     }

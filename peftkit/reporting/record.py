@@ -149,6 +149,9 @@ class RunRecord(_Part):
     memory and throughput are those of all its processes together."""
     train_batch: TrainBatch | None = None
     """None: no step was reached, or the record is older."""
+    weights_from_step: Count | None = None
+    """Step of an earlier training whose weights `--resume-weights-only` began with; what that
+    training cost is not in this record."""
     trainable_parameters: Count | None
     total_parameters: Count | None
     delta_bytes: Count | None

@@ -21,6 +21,8 @@ def summary_lines(record: RunRecord) -> list[str]:
     ]
     if record.resumed_after_step is not None:
         lines.append(f"Resumed after step {record.resumed_after_step}")
+    if record.weights_from_step is not None:
+        lines.append(f"Began with weights of a training before: step {record.weights_from_step}")
     lines += [f"Seconds: {_seconds(record)}", f"Throughput: {_throughput(record)}"]
     lines += [f"Peak memory in {phase}: {_peaks(p)}" for phase, p in record.memory.items()]
     lines += [f"Trainable parameters: {_trainable(record)}", f"Delta: {_delta(record)}"]

@@ -4,18 +4,21 @@ Called by the loop. One folder a checkpoint, published by one rename:
 
     checkpoints/step-00001200/   trained.safetensors optimizer.pt rng.pt state.json manifest.json
     checkpoints/best-00000800/   trained.safetensors manifest.json
+    checkpoints/begin-00000001/  as step-…: step 0 of a training that began with earlier weights
 """
 
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,8 +34,7 @@ from peftkit.staging import (
 from peftkit.training.sharded import shared_out, whole
 
 _MANIFEST = "manifest.json"
-_KEPT = 2
-"""Resumable checkpoints to keep: the newest, and one to fall back on."""
+"""Written last: a folder without it is no checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,48 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Only the main process writes."""
+    """The checkpoints of one run, the newest `keep` of them. Only the main process writes.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Which one is the newest goes by the step in its name: no clock is asked.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Publish a checkpoint, then drop those that nothing needs any more."""
-        target = self.folder / f"step-{checkpoint.state['step']:08d}"
+        """Publish a checkpoint, then drop those that nothing needs any more.
+
+        Raises:
+            RunError: it cannot be written; the one before it is untouched.
+        """
+        step = checkpoint.state["step"]
+        target = self.folder / (f"step-{step:08d}" if step else self._next_beginning())
         if target.exists():
             return
-        with staged_folder(target) as staging:
+        older = [] if step else sorted(self.folder.glob("*-*"))
+        with _published(target) as staging:
             save_file(checkpoint.trained, staging / "trained.safetensors")
-            torch.save(checkpoint.optimizer, staging / "optimizer.pt")
-            torch.save(checkpoint.rng, staging / "rng.pt")
+            _save(checkpoint.optimizer, staging / "optimizer.pt")
+            _save(checkpoint.rng, staging / "rng.pt")
             (staging / "state.json").write_text(json.dumps(checkpoint.state))
             _write_manifest(staging)
+        for folder in older:  # of the training before; its newest step goes last
+            shutil.rmtree(folder)
         self._prune()
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, *, with_best: bool = True) -> Checkpoint | None:
         """The newest whole checkpoint; a damaged newer one is skipped with a warning.
+
+        Args:
+            with_best: Skip also one whose best checkpoint so far is damaged.
 
         Raises:
             RunError: there are checkpoints, and all are damaged.
         """
         folders = sorted(self.folder.glob("step-*"), reverse=True)
+        folders = folders or sorted(self.folder.glob("begin-*"), reverse=True)
         for folder in folders:
-            problem = _defect(folder)
+            problem = _defect(folder) or (self._defect_of_best(folder) if with_best else None)
             if problem is None:
                 return _read(folder)
             warnings.warn(f"checkpoint {folder.name} is skipped: {problem}", stacklevel=2)
@@ -84,10 +101,14 @@ class CheckpointFolder:
         return None
 
     def save_best(self, step: int, trained: Mapping[str, Tensor]) -> None:
-        """Keep the trained parameters of the best evaluation so far."""
+        """Keep the trained parameters of the best evaluation so far.
+
+        Raises:
+            RunError: they cannot be written.
+        """
         target = self.folder / f"best-{step:08d}"
         if not target.exists():
-            with staged_folder(target) as staging:
+            with _published(target) as staging:
                 save_file(dict(trained), staging / "trained.safetensors")
                 _write_manifest(staging)
 
@@ -108,29 +129,79 @@ class CheckpointFolder:
 
         Damaged checkpoints and half-written folders would else stand in the way of new ones.
         """
-        for folder in self.folder.glob("*-*"):
-            number = folder.name.rpartition("-")[2]
-            if folder.name.startswith(STAGING_PREFIX) or int(number) > step:
+        for folder in self.folder.glob(f"{STAGING_PREFIX}*"):
+            shutil.rmtree(folder)
+        for folder in [*self.folder.glob("step-*"), *self.folder.glob("best-*")]:
+            if int(folder.name.rpartition("-")[2]) > step:
                 shutil.rmtree(folder)
+
+    def _defect_of_best(self, folder: Path) -> str | None:
+        """What is wrong with the best checkpoint that a whole one points to, or None."""
+        step = _best_step(folder)
+        best = self.folder / f"best-{step or 0:08d}"
+        problem = None if step is None else _defect(best)
+        return f"{best.name}, the best one so far: {problem}" if problem else None
 
     def clear(self) -> None:
         """Remove everything: the run is over and its delta is in the registry."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _next_beginning(self) -> str:
+        numbers = [int(f.name.removeprefix("begin-")) for f in self.folder.glob("begin-*")]
+        return f"begin-{max(numbers, default=0) + 1:08d}"
+
     def _prune(self) -> None:
         steps = sorted(self.folder.glob("step-*"))
-        for folder in steps[:-_KEPT]:
+        for folder in self.folder.glob("begin-*") if steps else ():
             shutil.rmtree(folder)
-        needed = {json.loads((f / "state.json").read_text())["best_step"] for f in steps[-_KEPT:]}
+        for folder in steps[: -self.keep]:
+            shutil.rmtree(folder)
+        needed = {_best_step(folder) for folder in steps[-self.keep :]}
         for folder in self.folder.glob("best-*"):
             if int(folder.name.removeprefix("best-")) not in needed:
                 shutil.rmtree(folder)
 
 
-def trained_copy(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, whole, copied to the CPU; for every process to call."""
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes `target`, whole, or nothing at all.
+
+    Raises:
+        RunError: it cannot be written. A full disk is an OSError to Python, a SafetensorError to
+            safetensors, and a RuntimeError to torch, which keeps the reason in its context.
+    """
+    try:
+        with staged_folder(target) as staging:
+            yield staging
+    except (OSError, SafetensorError, RuntimeError) as error:
+        known = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(known, "strerror", None) or " ".join(str(known).split())
+        older = [folder.name for folder in sorted(target.parent.glob("step-*"))]
+        untouched = f"goes on from {older[-1]}" if older else "starts the run again"
+        raise RunError(
+            f"{target}: the checkpoint cannot be written: {reason}; once that is mended, "
+            f"--resume {untouched}"
+        ) from error
+
+
+def _save(value: Any, path: Path) -> None:
+    with path.open("wb") as stream:  # handed the path, torch would not say why it cannot write
+        torch.save(value, stream)
+
+
+def _best_step(folder: Path) -> int | None:
+    step: int | None = json.loads((folder / "state.json").read_text())["best_step"]
+    return step
+
+
+def trained_copy(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The parameters that train, whole, copied to the CPU; for every process to call.
+
+    With `keep` false this process only helps to gather them, and gets none.
+    """
     trained = trainable_parameters(model)
-    return {n: whole(p.detach()).to("cpu", copy=True) for n, p in trained.items()}
+    gathered = ((name, whole(p.detach(), keep=keep)) for name, p in trained.items())
+    return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if keep}
 
 
 def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -65,6 +65,8 @@ class TrainingConfig(Section):
     """Optimizer steps between evaluations on the held-out part; None is once an epoch."""
     save_steps: int | None = Field(default=None, gt=0)
     """Optimizer steps between checkpoints for `--resume`; None is once an epoch."""
+    save_total_limit: int = Field(default=2, gt=0)
+    """Newest checkpoints to keep while the run goes on; the best one is kept besides."""
     logging_steps: int = Field(default=50, gt=0)
     report_to: list[TrackerName] = []
     """Trackers that get what `log.jsonl` gets; each needs its package."""

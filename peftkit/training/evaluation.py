@@ -18,6 +18,7 @@ from torch import nn
 
 from peftkit.contracts import Metrics, Split, Task
 from peftkit.data.batching import evaluation_batches
+from peftkit.training import rng
 from peftkit.training.sharded import free_gathered, is_sharded
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ class Evaluator:
     batch_size: int
     meter: "MemoryMeter | None" = None
 
+    @rng.untouched()
     def evaluate(self, model: nn.Module, task: Task, split: Split) -> Evaluation:
-        """Score `split`; leaves the model in eval mode.
+        """Score `split`; leaves the model in eval mode, and the random numbers as they were.
 
         Returns:
             On every process, the whole split's result, in the order of the split.

@@ -31,8 +31,8 @@ from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
 from peftkit.training.progress import Progress
 from peftkit.training.sharded import scalar, shard_by_blocks
-from peftkit.training.signals import StopRequest
-from peftkit.training.snapshots import Snapshots
+from peftkit.training.signals import StopRequest, mind_the_parent_only
+from peftkit.training.snapshots import Snapshots, by_main
 from peftkit.training.state import Job, StepBatches, StepResult, TrainState
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(job.model, optimizer)
         self.state = TrainState()
         self._metering_done = False
-        self.checkpoints = CheckpointFolder(job.folder / "checkpoints")
+        limit = job.config.save_total_limit
+        self.checkpoints = CheckpointFolder(job.folder / "checkpoints", keep=limit)
         bare, kept = self._bare_model(), self.checkpoints
         self.snapshots = Snapshots(accelerator, bare, self.optimizer, meter, kept, job.conditions)
         self.evaluator = Evaluator(accelerator, job.config.per_device_eval_batch_size, meter)
@@ -137,6 +138,7 @@ class Trainer:
             batch_sampler=[micro.indices for share in shares for micro in share],
             collate_fn=self.job.task.collate,
             num_workers=self.config.dataloader_num_workers,
+            worker_init_fn=mind_the_parent_only,
             generator=torch.Generator(),  # else each epoch draws a seed from the global RNG
         )
         collated = iter(loader)
@@ -226,10 +228,8 @@ class Trainer:
         value = self.best.value(result.metrics)
         if self.best.improves(value, state.best_value):
             state.best_step, state.best_value, state.stale_evaluations = state.step, value, 0
-            trained = trained_copy(self._bare_model())
-            if self.accelerator.is_main_process:
-                self.checkpoints.save_best(state.step, trained)
-            self.accelerator.wait_for_everyone()
+            trained = trained_copy(self._bare_model(), keep=self.accelerator.is_main_process)
+            by_main(self.accelerator, lambda: self.checkpoints.save_best(state.step, trained))
         else:
             state.stale_evaluations += 1
         return {f"holdout_{name}": value for name, value in result.metrics.items()}

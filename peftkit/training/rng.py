@@ -45,7 +45,11 @@ def restore(state: dict[str, Any]) -> None:
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Whatever draws numbers inside, the generators go on afterwards as if it had not."""
+    """Whatever draws numbers inside, the generators go on afterwards as if it had not.
+
+    An evaluation needs it: scikit-learn draws a number when it is first imported, which in a
+    resumed process happens at another step.
+    """
     state = own_state()
     try:
         yield

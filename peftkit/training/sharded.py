@@ -57,14 +57,18 @@ def free_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole(value: Any) -> Any:
-    """Nested containers with every sharded tensor gathered, on the CPU."""
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """Nested containers with every sharded tensor gathered, on the CPU.
+
+    With `keep` false they are gathered for others, one at a time, and None stands in their place.
+    """
     if isinstance(value, DTensor):
-        return value.full_tensor().to("cpu")
+        gathered = value.full_tensor()
+        return gathered.to("cpu") if keep else None
     if isinstance(value, Mapping):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, keep=keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(item) for item in value)
+        return type(value)(whole(item, keep=keep) for item in value)
     return value
 
 

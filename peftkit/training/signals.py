@@ -3,12 +3,25 @@
 The experiment opens a `StopRequest` around the whole run; the loop defers it around its steps.
 """
 
+import ctypes
+import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from peftkit.errors import Interrupted
+
+ECHO_SECONDS = 3.0
+"""A signal that comes again so soon is the same request: a batch system signals every process of
+a job, and so does a launcher that got the signal as well."""
+
+_LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+"""Variables that launchers set: torchrun's and that of `accelerate launch`."""
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -17,14 +30,23 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self._deferring = False
+        self._first = 0.0
+        self._parent = os.getppid()
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Take over SIGINT and SIGTERM, and give them back afterwards. Main thread only."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        """Take over SIGINT, SIGTERM and SIGHUP, and give them back afterwards. Main thread only.
+
+        A launcher that is gone counts as SIGTERM: nobody would wait for the run any more. SIGHUP
+        does too, unless it was ignored (`nohup`).
+        """
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, self._receive) for number in numbers}
         try:
-            yield self
+            with _end_with_the_launcher():
+                yield self
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -53,7 +75,45 @@ class StopRequest:
             raise Interrupted(self.number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.number is not None and self._is_echo():
+            return
         again = self.number is not None
-        self.number = number
+        self.number = signal.SIGTERM if number == signal.SIGHUP else number
+        self._first = time.monotonic()
         if again or not self._deferring:
-            raise Interrupted(number)
+            raise Interrupted(self.number)
+
+    def _is_echo(self) -> bool:
+        """Whether a further signal says nothing new: see `ECHO_SECONDS`, or the launcher's end."""
+        return time.monotonic() - self._first < ECHO_SECONDS or os.getppid() != self._parent
+
+
+def mind_the_parent_only(_worker: int) -> None:
+    """In a process that collates: end when its parent says so, and by no other SIGTERM or Ctrl-C.
+
+    A signal to all processes of a job would take the batches from a run that is about to save.
+    """
+    numbers, parent = (signal.SIGINT, signal.SIGTERM), os.getppid()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _end_with_the_launcher() -> Iterator[None]:
+    """Have the kernel send SIGTERM if the launcher dies: that of one process passes nothing on."""
+    linux = sys.platform == "linux" and any(name in os.environ for name in _LAUNCHED)
+    if linux:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if linux:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)

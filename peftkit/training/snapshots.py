@@ -3,16 +3,19 @@
 Called by the loop; `checkpoints` keeps what is taken here.
 """
 
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
 
-from peftkit.errors import SharedError
+from peftkit.errors import RunError, SharedError
+from peftkit.nested import differences
 from peftkit.training import rng
 from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
 from peftkit.training.sharded import shared_out_state, whole
@@ -37,8 +40,10 @@ class Snapshots:
     def take(self, state: TrainState) -> None:
         """Write a checkpoint from the main process; every process gives its RNG state."""
         states = rng.gather(self.accelerator)
-        trained, optimizer = trained_copy(self.model), whole(self.optimizer.state_dict())
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        trained = trained_copy(self.model, keep=main)
+        optimizer = whole(self.optimizer.state_dict(), keep=main)
+        if main:
             scaler = self.accelerator.scaler
             facts = {
                 **asdict(state),
@@ -46,8 +51,26 @@ class Snapshots:
                 "scaler": scaler.state_dict() if scaler else None,
                 "meter": self.meter.state_dict(),
             }
-            self.folder.save(Checkpoint(trained, optimizer, states, facts))
-        self.accelerator.wait_for_everyone()
+            checkpoint = Checkpoint(trained, optimizer, states, facts)
+        by_main(self.accelerator, lambda: self.folder.save(checkpoint))
+
+    def begin_with_weights(self) -> None:
+        """Begin anew with the trained parameters of the newest whole checkpoint, and them alone.
+
+        They become the checkpoint of step 0, in the place of all others, from which `put_back`
+        takes the run up. Optimizer, schedule, random numbers and measurements are new.
+
+        Raises:
+            RunError: no checkpoint is whole, or it is of another model or method.
+        """
+        found = self._newest(with_best=False)
+        if found is None:
+            raise SharedError(f"{self.folder.folder}: --resume-weights-only finds no checkpoint")
+        restore_trained(self.model, found.trained)
+        step = found.state["step"] or found.state["weights_from_step"]
+        if self.accelerator.is_main_process:
+            print(f"beginning anew with the weights of step {step}", file=sys.stderr, flush=True)
+        self.take(TrainState(weights_from_step=step))
 
     def put_back(self) -> TrainState:
         """Go on after the newest whole checkpoint; from the start if there is none.
@@ -55,7 +78,7 @@ class Snapshots:
         Raises:
             RunError: the checkpoint was made under other conditions, or none is whole.
         """
-        found = self._newest()
+        found = self._newest(with_best=True)
         if found is None:
             return TrainState(resumed_after=0)
         facts = dict(found.state)
@@ -66,15 +89,15 @@ class Snapshots:
             self.accelerator.scaler.load_state_dict(scaler)
         self.meter.add_earlier(facts.pop("meter"))
         rng.restore(found.rng[self.accelerator.process_index])
-        return TrainState(**{**facts, "resumed_after": facts["step"]})
+        return TrainState(**{**facts, "resumed_after": facts["step"] or None})
 
-    def _newest(self) -> Checkpoint | None:
+    def _newest(self, *, with_best: bool) -> Checkpoint | None:
         """The checkpoint to go on from; what lies beyond it is removed."""
         main = self.accelerator.is_main_process
         with warnings.catch_warnings():
             if not main:
                 warnings.simplefilter("ignore")
-            found = self.folder.newest()
+            found = self.folder.newest(with_best=with_best)
         self.accelerator.wait_for_everyone()  # nobody is still reading
         if main:
             self.folder.drop_after(found.state["step"] if found else 0)
@@ -85,11 +108,24 @@ class Snapshots:
 
     def _refuse_other_conditions(self, then: Mapping[str, Any]) -> None:
         now = self._conditions()
-        problems = [
-            f"--resume: the run was started with {name} {then.get(name)}, now it is "
-            f"{now.get(name)}; --overwrite starts it anew"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
-        ]
+        problems = [f"--resume: {line}" for line in differences(then, now)]
         if problems:
-            raise SharedError(problems)
+            advice = "--resume-weights-only begins anew with its weights, --overwrite without them"
+            raise SharedError([*problems, f"{self.folder.folder}: {advice}"])
+
+
+def by_main(accelerator: Accelerator, write: Callable[[], None]) -> None:
+    """Let the main process write; every process learns how it went.
+
+    Raises:
+        SharedError: what `write` raised as a RunError.
+    """
+    problem: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            write()
+        except RunError as error:
+            problem[0] = str(error)
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise SharedError(problem[0])

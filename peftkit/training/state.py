@@ -63,6 +63,8 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)
     resumed_after: int | None = None
     """Step after which this process took the run up; None if it started it."""
+    weights_from_step: int | None = None
+    """Step of an earlier training in this folder, whose weights this one began with."""
 
 
 @dataclass(frozen=True)

@@ -80,20 +80,22 @@ def status_of(name):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
+    ("number", "status", "exit_code"),
     [
-        pytest.param(signal.SIGINT, "interrupted", marks=pytest.mark.slow),
-        (signal.SIGTERM, "terminated"),
+        pytest.param(signal.SIGINT, "interrupted", 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, "terminated", 143),
     ],
 )
-def test_a_signal_reaches_all_runs_at_work_and_starts_no_more(recipes, begin, number, status):
+def test_a_signal_reaches_all_runs_at_work_and_starts_no_more(
+    recipes, begin, number, status, exit_code
+):
     behave(a_seed0="waits", b_seed0="waits")
     words = ["a.yaml", "b.yaml", "--seeds", "2", "--jobs", "2"]
     comparing = begin(*words)
     await_true(lambda: log_of("a-seed0").exists() and log_of("b-seed0").exists())
     os.killpg(comparing.pid, number)
     code, out, said = ended(comparing)
-    assert (code, out) == (1, "")
+    assert (code, out) == (exit_code, "")
     assert said[-2:] == [
         f"stopped by {number.name}: 4 of 4 runs are left; go on with",
         "peftkit compare a.yaml b.yaml --seeds 2 --jobs 2",

@@ -1,14 +1,12 @@
-"""Exceptions become lines on stderr and a code of 0, 1 or 2."""
+"""Exceptions become lines on stderr and a code of 0, 1 or 2, or 128 + a signal's number."""
+
+import signal
 
 import pytest
 
 from peftkit.cli import failures
 from peftkit.cli.failures import exit_code_of
-from peftkit.errors import DataError, PeftkitError, RecipeError, RunError, SharedError
-
-
-class StoppedError(RunError):
-    exit_code = 130
+from peftkit.errors import DataError, Interrupted, PeftkitError, RecipeError, SharedError
 
 
 def raiser(error):
@@ -23,8 +21,13 @@ def raiser(error):
     [
         (RecipeError(["a:1: x", "a:2: y"]), 2, "a:1: x\na:2: y\n"),
         (DataError("train: no rows"), 1, "train: no rows\n"),
-        (StoppedError("stopped by SIGINT"), 1, "stopped by SIGINT\n"),
-        (KeyboardInterrupt(), 1, "interrupted\n"),
+        (Interrupted(signal.SIGINT), 130, "stopped by SIGINT\n"),
+        (
+            Interrupted(signal.SIGTERM, saved_step=4),
+            143,
+            "stopped by SIGTERM; --resume goes on after step 4\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             ValueError("two\n  lines"),
             1,
@@ -35,7 +38,8 @@ def raiser(error):
             1,
             "AssertionError (unexpected; rerun with --debug for the traceback)\n",
         ),
-        (SystemExit(130), 1, ""),
+        (SystemExit(143), 143, ""),
+        (SystemExit(129), 1, ""),
         (SystemExit(2), 2, ""),
         (SystemExit(None), 0, ""),
         (SystemExit("text"), 1, ""),
@@ -72,6 +76,8 @@ FIRST_OF_SECOND_MACHINE = {"RANK": "8", "LOCAL_RANK": "0"}
         (RecipeError("every rank sees it"), FIRST_OF_SECOND_MACHINE, "", True),
         (SharedError("no GPU"), FIRST, "no GPU\n", False),
         (SharedError("no GPU"), SECOND, "", True),
+        (Interrupted(signal.SIGTERM, saved_step=4), SECOND, "", False),
+        (Interrupted(signal.SIGTERM), SECOND, "rank 1: stopped by SIGTERM\n", False),
         (SharedError("no GPU"), FIRST_OF_SECOND_MACHINE, "rank 8: no GPU\n", False),
     ],
 )

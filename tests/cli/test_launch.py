@@ -12,7 +12,7 @@ import pytest
 import peftkit
 from peftkit.cli import launch, main
 from peftkit.cli.launch import launch_arguments, launch_environment
-from peftkit.errors import RunError, UsageError
+from peftkit.errors import Interrupted, RunError, UsageError
 
 ROOT = Path(peftkit.__file__).parent.parent
 WARNED_ABOUT = {"--num_processes", "--num_machines", "--mixed_precision", "--dynamo_backend"}
@@ -211,6 +211,14 @@ def test_without_a_run_the_launchers_code_counts(ended, code, tmp_path):
     assert launch._own_exit_code(tmp_path / "none", ended) == code
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_before_it_began_has_the_signals_code(number, tmp_path):
+    with pytest.raises(Interrupted) as stopped:
+        launch._own_exit_code(tmp_path / "none", 128 + number)
+    assert stopped.value.exit_code == 128 + number
+    assert str(stopped.value) == f"stopped by {number.name}"
+
+
 def test_a_run_that_was_killed_is_an_error(tmp_path):
     with pytest.raises(RunError) as killed:
         launch._own_exit_code(tmp_path / "none", 1)
@@ -260,7 +268,7 @@ def test_runs_side_by_side_share_the_cores(monkeypatch):
 def test_overwrite_and_resume_contradict_each_other(recipe, capsys):
     assert main(["run", recipe, "--overwrite", "--resume"]) == 2
     said = capsys.readouterr().err
-    assert said == "--overwrite and --resume: give one of them, not both\n"
+    assert said == "--overwrite and --resume: give one of them\n"
 
 
 def test_a_bad_recipe_is_refused_before_anything_is_launched(tmp_path, monkeypatch, capsys):

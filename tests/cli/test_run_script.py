@@ -64,6 +64,11 @@ def test_arguments_come_in_any_order():
     assert found.debug
 
 
+@pytest.mark.parametrize("word", ["overwrite", "resume", "resume-weights-only"])
+def test_each_way_with_a_folder_that_exists_has_its_flag(word):
+    assert run.parse(["a.yaml", f"--{word}"]).on_exists == word
+
+
 @pytest.mark.parametrize("arguments", [[], ["a.yaml", "--overwrite", "--resume"], ["a", "--nope"]])
 def test_wrong_arguments_are_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -100,6 +100,7 @@ def test_of_two_runs_of_a_seed_the_newer_counts_and_a_line_says_so(tmp_path):
         ("device", {"device": "H100"}),
         ("commit", {"git_commit": "837b83d1f8", "git_dirty": True}),
         ("resumed", {"resumed_after_step": 10}),
+        ("begun with weights of a training before", {"weights_from_step": 10}),
         ("sample data", {"stand_in": True}),
         ("base weights", {"digests": {"base": digest("c")}}),
         ("training data", {"digests": {"data_train": digest("c")}}),

@@ -292,7 +292,7 @@ def test_every_problem_of_a_record_is_listed_at_once(tmp_path):
 
 def test_every_field_is_required_in_a_file(tmp_path):
     # Records from before these can be read.
-    later = {"resumed_after_step", "predicted_allocated_bytes", "train_batch"}
+    later = {"resumed_after_step", "weights_from_step", "predicted_allocated_bytes", "train_batch"}
     for name in RunRecord.model_fields.keys() - later:
         path = written(tmp_path, lambda c, name=name: c.pop(name))
         assert any(f"{name}: missing" in line for line in problems_of(path))

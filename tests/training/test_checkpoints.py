@@ -1,7 +1,10 @@
 """Checkpoints: whole or absent, and damage found before use."""
 
+import contextlib
 import os
+import resource
 import shutil
+import time
 import warnings
 
 import pytest
@@ -10,15 +13,16 @@ from torch import nn
 
 from peftkit.errors import RunError
 from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
+from peftkit.training.config import TrainingConfig
 
 FILES = ["trained.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"]
 
 
-def checkpoint(step, best=None):
+def checkpoint(step, best=None, size=2):
     optimizer = {"state": {0: {"step": torch.tensor(float(step))}}, "param_groups": []}
     rng = [{"torch": torch.get_rng_state(), "python": (3, (1, 2), None)}]
     return Checkpoint(
-        {"w": torch.full((2,), float(step))}, optimizer, rng, {"step": step, "best_step": best}
+        {"w": torch.full((size,), float(step))}, optimizer, rng, {"step": step, "best_step": best}
     )
 
 
@@ -112,6 +116,20 @@ def test_two_are_kept_and_the_best_that_they_need(tmp_path):
     assert names(tmp_path) == ["best-00000003", "step-00000003", "step-00000004"]
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_recipe_says_how_many_are_kept(tmp_path, keep):
+    folder = CheckpointFolder(tmp_path, keep=keep)
+    for step in range(1, 6):
+        folder.save(checkpoint(step))
+    assert names(tmp_path) == [f"step-{step:08d}" for step in range(6 - keep, 6)]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_at_least_one_is_kept(limit):
+    with pytest.raises(ValueError, match="save_total_limit"):
+        TrainingConfig(learning_rate=1.0, save_total_limit=limit)
+
+
 def test_the_older_kept_checkpoint_keeps_its_own_best(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
     for step in (1, 2):
@@ -128,6 +146,104 @@ def test_the_best_comes_back_into_the_model(tmp_path):
         model.weight.zero_()
     folder.load_best(5, model)
     assert torch.equal(model.weight, kept)
+
+
+def test_a_checkpoint_whose_best_is_damaged_is_skipped_with_one_warning(tmp_path):
+    folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
+    for step, best in ((1, 1), (2, 2)):
+        folder.save_best(best, trained_copy(model))
+        folder.save(checkpoint(step, best))
+    (tmp_path / "best-00000002/trained.safetensors").unlink()
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
+        assert folder.newest().state["step"] == 1
+    assert [str(warning.message) for warning in caught] == [
+        "checkpoint step-00000002 is skipped: best-00000002, the best one so far: "
+        "trained.safetensors differ from the manifest"
+    ]
+    assert folder.newest(with_best=False).state["step"] == 2
+
+
+def test_no_clock_says_which_checkpoint_is_the_newest(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    now = iter(range(2_000_000_000, 0, -1_000_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))  # falls at every look
+    for step in (1, 2, 3, 10):
+        folder.save(checkpoint(step))
+        for path in [*tmp_path.rglob("*")]:
+            os.utime(path, (next(now),) * 2)
+    assert names(tmp_path) == ["step-00000003", "step-00000010"]
+    assert folder.newest().state["step"] == 10
+
+
+@pytest.fixture
+def little_space():
+    """No file may grow beyond 100 kB, as on a disk that fills up while one is written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["trained", "optimizer", "state", "best"])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, little_space, what):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint(1))
+    made = checkpoint(2, size=100_000 if what == "trained" else 2)
+    if what == "optimizer":
+        made.optimizer["state"][0]["step"] = torch.zeros(100_000)
+    if what == "state":
+        made.state["history"] = ["x" * 400_000]
+    with pytest.raises(RunError) as raised:
+        folder.save_best(2, trained_copy(nn.Linear(1000, 100))) if what == "best" else folder.save(
+            made
+        )
+    (said,) = raised.value.problems
+    name = "best" if what == "best" else "step"
+    assert said.startswith(f"{tmp_path}/{name}-00000002: the checkpoint cannot be written: ")
+    assert "File too large" in said
+    assert said.endswith("; once that is mended, --resume goes on from step-00000001")
+    assert names(tmp_path) == ["step-00000001"]
+    assert folder.newest().state["step"] == 1
+
+
+# A training that begins with the weights of one before
+
+
+def test_a_beginning_takes_the_place_of_all_that_was(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        folder.save_best(step, trained_copy(nn.Linear(1, 1)))
+        folder.save(checkpoint(step, step))
+    folder.save(checkpoint(0))
+    assert names(tmp_path) == ["begin-00000001"]
+    folder.save(checkpoint(0, size=5))  # begun once more: with another recipe, say
+    assert names(tmp_path) == ["begin-00000002"]
+    assert folder.newest().trained["w"].shape == (5,)
+    folder.drop_after(0)
+    assert names(tmp_path) == ["begin-00000002"]
+    folder.save(checkpoint(1))
+    assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_a_beginning_that_is_killed_loses_no_weights(tmp_path, monkeypatch, removed):
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        folder.save_best(step, trained_copy(nn.Linear(1, 1)))
+        folder.save(checkpoint(step, step))
+    real, calls = shutil.rmtree, []
+
+    def dying(path, *arguments, **settings):
+        calls.append(path)
+        if len(calls) > removed:
+            raise KeyboardInterrupt
+        real(path, *arguments, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", dying)
+    with contextlib.suppress(KeyboardInterrupt):
+        folder.save(checkpoint(0))
+    found = folder.newest(with_best=False)
+    assert found.state["step"] == (2 if removed < 4 else 0)
 
 
 def test_a_damaged_best_is_refused(tmp_path):

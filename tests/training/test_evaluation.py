@@ -1,5 +1,7 @@
 """Evaluation: each example once, weighted alike, whatever the batches and processes."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,11 @@ def accelerator():
 def model(toy):
     torch.manual_seed(0)
     return toy.Model(dropout=0.5)
+
+
+def generators():
+    numpy = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2:]
 
 
 def plain_losses(model, task, split):
@@ -78,9 +85,16 @@ def test_an_example_lost_or_counted_twice_is_noticed(accelerator, model, toy, mo
 
 
 def test_evaluation_leaves_the_random_numbers_and_the_parameters_alone(accelerator, model, toy):
-    before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
-    Evaluator(accelerator, 4).evaluate(model, toy.Task(), toy.split(9))
-    assert torch.equal(state, torch.get_rng_state())
+    class Drawing(toy.Task):
+        """As a bootstrap does it, or the first import of scikit-learn."""
+
+        def metrics(self, columns):
+            torch.rand(1), random.random(), np.random.rand()
+            return super().metrics(columns)
+
+    before, state = [p.clone() for p in model.parameters()], generators()
+    Evaluator(accelerator, 4).evaluate(model, Drawing(), toy.split(9))
+    assert generators() == state
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
 

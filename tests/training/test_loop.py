@@ -1,7 +1,9 @@
 """The loop: its arithmetic, its stops, and that a resumed run is the same run."""
 
+import errno
 import json
 import math
+import os
 import signal
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from peftkit.data.batching import plan_epoch
-from peftkit.errors import Interrupted, NonFiniteError, RunError
+from peftkit.errors import Interrupted, NonFiniteError, RunError, SharedError
 from peftkit.training.non_finite import worded
 from peftkit.training.signals import StopRequest
 
@@ -407,6 +409,13 @@ def test_resume_after_a_damaged_checkpoint_writes_it_again(
     assert all(torch.equal(expected[n], found[n]) for n in expected)
 
 
+def advice(trainer):
+    return (
+        f"{trainer.checkpoints.folder}: --resume-weights-only begins anew with its weights, "
+        "--overwrite without them"
+    )
+
+
 def test_resume_with_another_number_of_processes_is_refused(make_trainer, monkeypatch):
     trainer = make_trainer(num_train_epochs=1.0)
     trainer.fit(StopRequest())
@@ -414,21 +423,107 @@ def test_resume_with_another_number_of_processes_is_refused(make_trainer, monkey
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     with pytest.raises(RunError) as raised:
         trainer.fit(StopRequest(), resume=True)
-    assert str(raised.value) == (
-        "--resume: the run was started with processes 1, now it is 2; --overwrite starts it anew"
-    )
+    assert raised.value.problems == ["--resume: processes: then 1, now 2", advice(trainer)]
 
 
 def test_resume_under_other_conditions_is_refused_with_each_of_them(make_trainer):
-    make_trainer(conditions={"base": "one", "precision": "bf16", "data": "x"}).fit(StopRequest())
-    trainer = make_trainer(conditions={"base": "two", "precision": "no", "data": "x"})
+    then = {"base": "one", "precision": "bf16", "data": "x", "recipe": {"training": {"l1": 0.0}}}
+    now = {"base": "two", "precision": "no", "data": "x", "recipe": {"training": {"l1": 0.1}}}
+    make_trainer(conditions=then).fit(StopRequest())
+    trainer = make_trainer(conditions=now)
     with pytest.raises(RunError) as raised:
         trainer.fit(StopRequest(), resume=True)
     assert raised.value.problems == [
-        "--resume: the run was started with base one, now it is two; --overwrite starts it anew",
-        "--resume: the run was started with precision bf16, now it is no; "
-        "--overwrite starts it anew",
+        '--resume: base: then "one", now "two"',
+        '--resume: precision: then "bf16", now "no"',
+        "--resume: recipe.training.l1: then 0.0, now 0.1",
+        advice(trainer),
     ]
+
+
+def test_begun_with_the_weights_alone_everything_else_is_new(
+    make_trainer, tmp_path, monkeypatch, parameters_of
+):
+    cut = make_trainer(save_steps=2, conditions={"recipe": "old"})
+    crash_at(cut, monkeypatch, 6)
+    with pytest.raises(Crash):
+        cut.fit(StopRequest())
+    kept = cut.checkpoints.newest().trained
+
+    def begun(**settings):
+        return make_trainer(dropout=0.2, conditions={"recipe": "new"}, **settings)
+
+    trainer = begun()
+    trainer.snapshots.begin_with_weights()
+    found = parameters_of(trainer)
+    assert all(torch.equal(found[n], kept[n]) for n in kept)
+    state = trainer.fit(StopRequest(), resume=True)
+    assert (state.step, state.resumed_after, state.weights_from_step) == (14, None, 4)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 15))
+    assert [row["step"] for row in state.history] == [7, 14]
+    # The same as a training whose model had these weights from the first.
+    fresh = make_trainer(tmp_path / "fresh", dropout=0.2)
+    fresh.job.model.load_state_dict(kept)
+    fresh.fit(StopRequest())
+    assert rows(tmp_path) == rows(tmp_path / "fresh")
+
+
+def test_a_training_begun_with_weights_is_resumed_as_any_other(
+    make_trainer, tmp_path, monkeypatch, parameters_of
+):
+    results = []
+    for crash in (None, 1, 5):
+        folder = tmp_path / str(crash)
+        make_trainer(folder, max_steps=2).fit(StopRequest())
+        trainer = make_trainer(folder, dropout=0.2, save_steps=3, conditions={"recipe": "new"})
+        trainer.snapshots.begin_with_weights()
+        if crash:
+            crash_at(trainer, monkeypatch, crash)
+            with pytest.raises(Crash):
+                trainer.fit(StopRequest(), resume=True)
+            trainer = make_trainer(folder, dropout=0.2, save_steps=3, conditions={"recipe": "new"})
+        state = trainer.fit(StopRequest(), resume=True)
+        assert (state.weights_from_step, state.step) == (2, 14)
+        results.append((rows(folder), [p.tolist() for p in parameters_of(trainer).values()]))
+    assert results[0] == results[1] == results[2]
+
+
+def test_weights_of_another_model_are_refused_and_kept(make_trainer, toy):
+    make_trainer(num_train_epochs=1.0).fit(StopRequest())
+    other = toy.Model()
+    other.embedding.requires_grad_(False)
+    trainer = make_trainer(model=other)
+    with pytest.raises(RunError, match="trained parameters differ"):
+        trainer.snapshots.begin_with_weights()
+    assert trainer.checkpoints.newest().state["step"] == 7
+
+
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before(
+    make_trainer, tmp_path, monkeypatch, parameters_of
+):
+    whole = make_trainer(tmp_path / "whole", dropout=0.2, save_steps=2)
+    whole.fit(StopRequest())
+    cut = make_trainer(tmp_path / "cut", dropout=0.2, save_steps=2)
+    real = os.fsync
+
+    def full(descriptor):
+        if cut.state.step >= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SharedError) as raised:
+        cut.fit(StopRequest())
+    assert str(raised.value) == (
+        f"{tmp_path}/cut/checkpoints/step-00000004: the checkpoint cannot be written: No space "
+        "left on device; once that is mended, --resume goes on from step-00000002"
+    )
+    monkeypatch.setattr(os, "fsync", real)
+    again = make_trainer(tmp_path / "cut", dropout=0.2, save_steps=2)
+    again.fit(StopRequest(), resume=True)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    expected, found = parameters_of(whole), parameters_of(again)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
 
 
 def test_a_resumed_run_keeps_what_it_measured_before(make_trainer, monkeypatch):

@@ -2,17 +2,22 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from peftkit.errors import Interrupted
+from peftkit.training import signals
 from peftkit.training.signals import StopRequest
 
 BOTH = pytest.mark.parametrize(
-    ("number", "status", "message"),
+    ("number", "status", "code", "message"),
     [
-        (signal.SIGINT, "interrupted", "stopped by SIGINT"),
-        (signal.SIGTERM, "terminated", "stopped by SIGTERM"),
+        (signal.SIGINT, "interrupted", 130, "stopped by SIGINT"),
+        (signal.SIGTERM, "terminated", 143, "stopped by SIGTERM"),
+        (signal.SIGHUP, "terminated", 143, "stopped by SIGTERM"),
     ],
 )
 
@@ -21,13 +26,19 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
+def later(monkeypatch, seconds):
+    """Let the clock go on without waiting."""
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+
+
 def listen(body):
     with StopRequest().listening() as stop:
         body(stop)
 
 
 @BOTH
-def test_outside_training_a_signal_stops_at_once(number, status, message):
+def test_outside_training_a_signal_stops_at_once(number, status, code, message):
     reached = []
 
     def body(stop):
@@ -37,24 +48,97 @@ def test_outside_training_a_signal_stops_at_once(number, status, message):
     with pytest.raises(Interrupted) as raised:
         listen(body)
     assert (str(raised.value), raised.value.status, reached) == (message, status, [])
-    assert raised.value.exit_code == 1
+    assert raised.value.exit_code == code
 
 
 @BOTH
-def test_in_training_the_first_is_noted_and_the_second_stops_at_once(number, status, message):
+def test_in_training_the_first_is_noted_and_the_second_stops_at_once(
+    number, status, code, message, monkeypatch
+):
     reached = []
 
     def body(stop):
         with stop.deferred():
             send(number)
             reached.append(stop.number)
+            later(monkeypatch, signals.ECHO_SECONDS + 1)
             send(number)
             reached.append("after the second")
 
     with pytest.raises(Interrupted) as raised:
         listen(body)
     assert (str(raised.value), raised.value.status) == (message, status)
-    assert reached == [number]
+    assert reached == [signal.SIGTERM if number == signal.SIGHUP else number]
+
+
+def test_a_signal_that_comes_twice_at_the_same_time_is_one_request(monkeypatch):
+    reached = []
+
+    def body(stop):
+        with stop.deferred():
+            send(signal.SIGTERM)
+            send(signal.SIGTERM)
+            later(monkeypatch, signals.ECHO_SECONDS - 0.5)
+            send(signal.SIGINT)
+            reached.append(stop.number)
+
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
+        listen(body)
+    assert reached == [signal.SIGTERM]
+
+
+def test_the_end_of_the_launcher_does_not_hurry_a_run_that_is_stopping(monkeypatch):
+    reached = []
+
+    def body(stop):
+        with stop.deferred():
+            send(signal.SIGTERM)
+            later(monkeypatch, signals.ECHO_SECONDS + 1)
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+            send(signal.SIGTERM)
+            reached.append(stop.number)
+
+    with pytest.raises(Interrupted):
+        listen(body)
+    assert reached == [signal.SIGTERM]
+
+
+def test_a_run_under_nohup_does_not_mind_a_lost_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        listen(lambda stop: send(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+CHILD = """
+import sys, time
+from peftkit.errors import Interrupted
+from peftkit.training.signals import StopRequest
+try:
+    with StopRequest().listening():
+        print(flush=True)
+        time.sleep(60)
+except Interrupted as stopped:
+    sys.stderr.write(str(stopped))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of that")
+def test_a_launcher_that_dies_takes_the_run_with_it():
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], env=environment, **pipes)
+    launcher.stdout.readline()
+    launcher.kill()
+    assert launcher.communicate(timeout=60)[1] == "stopped by SIGTERM"
 
 
 def test_a_signal_that_the_loop_no_longer_saw_is_not_lost():
@@ -82,7 +166,8 @@ def test_an_error_in_training_is_not_covered_up_by_a_noted_signal():
 
 
 def test_handlers_are_given_back():
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(n) for n in numbers]
 
     def body(stop):
         assert signal.getsignal(signal.SIGINT) != before[0]
@@ -90,7 +175,7 @@ def test_handlers_are_given_back():
 
     with pytest.raises(ZeroDivisionError):
         listen(body)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in numbers] == before
 
 
 def test_a_library_that_catches_every_error_does_not_swallow_a_signal():
