@@ -218,6 +218,9 @@ ZERO_AT_ALL = "launch: ZeRO-3: DeepSpeed updates the weights within the backward
             False,
             [ZERO_AT_ALL, "training.auto_batch_size: under ZeRO-3"],
         ),
+        ("MULTI_GPU", {"l1": 0.1, "optimizer": "adamw_8bit", "auto_batch_size": True}, True, []),
+        ("FSDP", {"optimizer": "adamw_8bit"}, True, []),
+        ("NO", {"l1": 0.1}, True, []),
     ],
 )
 def test_what_a_strategy_cannot_do_is_refused(strategy, changes, quantised, starts):
