@@ -65,7 +65,7 @@ def results(base, out, *words):
 
 @pytest.fixture(scope="module")
 def quick(base_of, tmp_path_factory):
-    return results(base_of("bert"), tmp_path_factory.mktemp("quick"), "quick", "lora")
+    return results(base_of("bert"), tmp_path_factory.mktemp("quick"), "quick", "top_layers")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,10 @@ def whole(base_of, tmp_path_factory):
 
 
 @pytest.fixture(
-    params=["quick-lora", *(pytest.param(f"whole-{m}", marks=pytest.mark.slow) for m in METHODS)]
+    params=[
+        "quick-top_layers",
+        *(pytest.param(f"whole-{m}", marks=pytest.mark.slow) for m in METHODS),
+    ]
 )
 def found(request):
     """By `rank-of-processes`, what was found of one method."""
@@ -94,8 +97,7 @@ def test_batch_size_accumulation_and_processes_change_no_loss(found):
     trainings = every_training(found)
     assert len(trainings) >= 2 + 1 + 1
     expected = trainings["8x1 on 0-of-1"]["losses"]
-    assert len(expected) == STEPS
-    assert len(set(expected)) == STEPS
+    assert len(expected) == len(set(expected)) in STEPS.values()
     off = {
         name: max(abs(a - b) for a, b in zip(one["losses"], expected, strict=True))
         for name, one in trainings.items()
@@ -106,8 +108,8 @@ def test_batch_size_accumulation_and_processes_change_no_loss(found):
 def test_learning_rates_are_the_same_in_every_step_of_every_group(found):
     trainings = every_training(found)
     expected = trainings["8x1 on 0-of-1"]["rates"]
-    assert len(expected) == STEPS
-    assert len({str(rates) for rates in expected}) == STEPS - 1  # the first two are the peak
+    assert len(expected) in STEPS.values()
+    assert len({str(rates) for rates in expected}) == len(expected) - 1  # the first two: the peak
     assert all(one["rates"] == expected for one in trainings.values())
 
 
@@ -118,10 +120,10 @@ def test_processes_stay_bit_equal(found):
 
 def test_gradients_are_exchanged_once_a_step(found):
     counted = {name: one["exchanged"] for name, one in found["0-of-2"]["trained"].items()}
-    assert {"2x2"} <= counted.keys()
-    buckets = counted["2x2"][-1]  # settled in the second step
-    assert buckets > 0
-    assert all(set(one[1:]) == {buckets} for one in counted.values())
+    assert "2x2" in counted
+    for steps in counted.values():
+        assert len(steps) in STEPS.values()
+        assert all(buckets and len(set(buckets)) == len(buckets) for buckets in steps)
 
 
 def test_evaluation_counts_each_example_once_whatever_the_batch_and_the_processes(found):

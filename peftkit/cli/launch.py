@@ -146,15 +146,25 @@ def _value(extra: Sequence[str], flag: str) -> str | None:
 
 
 def supervise(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
-    """Run `command`; pass each Ctrl-C, SIGTERM and SIGHUP on to the run exactly once."""
+    """Run `command`; pass each Ctrl-C, SIGTERM and SIGHUP on to the run exactly once.
+
+    Returns:
+        The launcher's exit code; 128 + 2 if it died because of a Ctrl-C, for which it got SIGTERM.
+    """
+    passed: list[signal.Signals] = []
     with noted_signals() as pending:
         process = start(command, environment=environment)
         while True:
             try:
-                return process.wait(timeout=POLL_SECONDS)
+                ended = process.wait(timeout=POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 while pending:
-                    pass_on(pending.pop(0), process.pid)
+                    passed.append(pending.pop(0))
+                    pass_on(passed[-1], process.pid)
+            else:
+                by_us = passed and killing_signal(ended) == signal.SIGTERM
+                interrupted = by_us and passed[0] == signal.SIGINT
+                return SIGNALLED + signal.SIGINT if interrupted else ended
 
 
 def start(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 
 from peftkit.cli.launch import EXIT_FILE
 from peftkit.errors import SIGNALLED
@@ -27,11 +28,10 @@ def main() -> int:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         _silence()
+        _pass_signals_on()
         if "--quiet" in sys.argv[:2]:
             sys.argv.remove("--quiet")  # it would make 1 of the signal that a run died of
         accelerate_launch()
-    except KeyboardInterrupt:
-        return SIGNALLED + signal.SIGINT
     except subprocess.CalledProcessError as error:
         return _code(error.returncode)
     except ChildFailedError as error:
@@ -62,6 +62,26 @@ def _name_the_killed(codes: Mapping[int, int]) -> None:
 def _code(ended: int) -> int:
     """Exit code for that of a run's process, which is negative after a signal."""
     return SIGNALLED - ended if ended < 0 else 1
+
+
+def _pass_signals_on() -> None:
+    """Hand a signal to the run and await its end; without a run yet, die of it.
+
+    Accelerate's launcher of one process would leave its run alone. That of several passes signals
+    on by handlers of its own, which take the place of these.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    def receive(number: int, _frame: FrameType | None) -> None:
+        children = psutil.Process().children()
+        for child in children:
+            child.send_signal(number)
+        if not children:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
 
 
 def _silence() -> None:

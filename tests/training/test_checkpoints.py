@@ -169,8 +169,7 @@ def test_no_clock_says_which_checkpoint_is_the_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: float(next(now)))  # falls at every look
     for step in (1, 2, 3, 10):
         folder.save(checkpoint(step))
-        for path in [*tmp_path.rglob("*")]:
-            os.utime(path, (next(now),) * 2)
+        os.utime(tmp_path / f"step-{step:08d}", (next(now),) * 2)
     assert names(tmp_path) == ["step-00000003", "step-00000010"]
     assert folder.newest().state["step"] == 10
 
@@ -244,6 +243,19 @@ def test_a_beginning_that_is_killed_loses_no_weights(tmp_path, monkeypatch, remo
         folder.save(checkpoint(0))
     found = folder.newest(with_best=False)
     assert found.state["step"] == (2 if removed < 4 else 0)
+
+
+def test_a_beginning_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint(1))
+
+    def dying(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save(checkpoint(0))
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_a_damaged_best_is_refused(tmp_path):
