@@ -55,9 +55,10 @@ WAYS = {
     "accelerate, Ctrl-C": Way(ALONE, INT, "group", -INT),
     "accelerate on two, SIGTERM": Way(PAIR, TERM, "process", 1),
     "accelerate on two, SIGTERM to every process": Way(PAIR, TERM, "tree", 1),
-    "run.py, SIGTERM": Way([sys.executable, str(SCRIPT), "tiny.yaml"], TERM, "process", 143),
-    "run.py, Ctrl-C": Way([sys.executable, str(SCRIPT), "tiny.yaml"], INT, "group", 130),
+    "accelerate on two, Ctrl-C": Way(PAIR, INT, "group", 1),
 }
+TAKEN_UP = ("peftkit, SIGTERM", "peftkit on two, SIGTERM", "accelerate, SIGTERM")
+"""Of these the second launch is tried as well."""
 
 
 @pytest.fixture
@@ -141,6 +142,8 @@ def test_a_stopped_run_saves_says_so_and_goes_on(begin, name):
     if way.command[: len(PEFTKIT)] == PEFTKIT:
         assert [line for line in err.splitlines() if "stopped by" in line] == [said]
         assert err.splitlines()[-1] == said
+    if name not in TAKEN_UP:
+        return
     again = begin(way, "--resume")
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
