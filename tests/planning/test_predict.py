@@ -1,6 +1,7 @@
 """What the planner says, held to what the meter of a real run measures."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peftkit import experiment
 from peftkit.errors import RunError
 from peftkit.experiment import run_experiment
 from peftkit.memory import fake_step
+from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES
 from peftkit.planning import of_run, predict
 from peftkit.planning.setting import of_recipe, train_shape
 from peftkit.recipe import from_resolved, load_recipe
@@ -173,12 +175,52 @@ def test_four_bit_weights_take_half_a_byte_and_their_constants(recipe):
     assert 0 < packed["quantisation"] < packed["base_weights"] / 4
 
 
+def activations(setting):
+    return predict.predict(setting).phases["forward"].by_kind["activations"]
+
+
 def test_a_gpus_attention_keeps_no_matrix_of_weights(recipe):
     """With dropout in attention a CPU has no fused kernel, a GPU has."""
     tiny = recipe(METHODS["full"], dropout=0.1)
-    on_cpu = predict.predict(of_recipe(tiny))
-    on_gpu = predict.predict(of_recipe(tiny, on_gpu=True))
-    assert on_gpu.phases["forward"].total_bytes < on_cpu.phases["forward"].total_bytes
+    assert activations(of_recipe(tiny, on_gpu=True)) < 0.8 * activations(of_recipe(tiny))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_on_a_gpu_only_16_bit_layers_copy_their_input(method, recipe, monkeypatch):
+    """PEFT does not where its layer is in 4 bits and autocast is on, on CUDA alone."""
+    tiny = of_recipe(recipe(METHODS[method], dropout=0.0), mixed_precision="bf16", on_gpu=True)
+    found = activations(tiny)
+    real = torch.set_autocast_enabled
+    monkeypatch.setattr(
+        torch, "set_autocast_enabled", lambda device, on: device == "cuda" or real(device, on)
+    )
+    assert (found < activations(tiny)) is (method == "qlora")
+
+
+def test_dropout_keeps_bytes_on_a_gpu(recipe):
+    found = {
+        (chance, on): activations(of_recipe(recipe(METHODS["full"], dropout=chance), on_gpu=on))
+        for chance in (0.0, 0.1)
+        for on in (False, True)
+    }
+    assert found[0.0, True] == found[0.0, False]
+    with_dropout = found[0.1, True] - found[0.0, True]
+    assert 0 < with_dropout < 0.5 * (found[0.1, False] - found[0.0, False])
+
+
+def test_a_gpu_counts_the_workspaces_of_cublas_but_for_loading(recipe):
+    tiny = recipe(METHODS["full"], dropout=0.0)
+    on_cpu, on_gpu = (predict.predict(of_recipe(tiny, on_gpu=on)).phases for on in (False, True))
+    for phase, peak in on_gpu.items():
+        more = 0 if phase == "load" else CUBLAS_WORKSPACES_BYTES
+        assert peak.total_bytes == on_cpu[phase].total_bytes + more
+        assert sum(peak.by_kind.values()) == peak.total_bytes
+
+
+def test_a_batch_without_padding_keeps_no_mask(recipe):
+    padded = of_recipe(recipe(METHODS["full"], dropout=0.0), on_gpu=True)
+    bare = replace(padded, train=replace(padded.train, padded=False))
+    assert activations(bare) < activations(padded)
 
 
 def test_the_largest_step_that_is_taken_counts(recipe, tiny_base):
