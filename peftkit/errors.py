@@ -64,7 +64,7 @@ class AgreedError(RunError):
     everywhere = True
 
 
-class NonFiniteError(RunError):
+class NonFiniteError(AgreedError):
     """NaN or Inf in a loss or a gradient; names the optimizer step and the examples."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from peftkit import yaml_source
-from peftkit.errors import RecipeError, RunError
+from peftkit.errors import AgreedError, RecipeError, RunError
 from peftkit.nested import differences
 from peftkit.recipe import Recipe, resolved_yaml
 from peftkit.reporting.gathering import LAUNCH_FILE
@@ -56,7 +56,7 @@ def claimed(
             problem[0] = _claim(folder, resolved_yaml(recipe), on_exists, held)
         broadcast_object_list(problem)
         if problem[0]:
-            raise RunError(problem[0])
+            raise AgreedError(problem[0])
         yield
 
 
