@@ -64,7 +64,7 @@ class SharedError(RunError):
     everywhere = True
 
 
-class NonFiniteError(RunError):
+class NonFiniteError(SharedError):
     """NaN or Inf in a loss or a gradient; names the optimizer step and the examples."""
 
 

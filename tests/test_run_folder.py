@@ -30,7 +30,7 @@ def claimed(folder):
         try:
             with run_folder.claimed(folder, recipe, accelerator, on_exists=on_exists):
                 return None
-        except run_folder.RunError as error:
+        except run_folder.SharedError as error:
             return str(error)
 
     return claimed

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftkit.errors import RunError
+from peftkit.errors import RunError, SharedError
 from peftkit.modeling.parameters import trainable_parameters
 from peftkit.staging import (
     STAGING_PREFIX,
@@ -97,7 +97,9 @@ class CheckpointFolder:
                 return _read(folder)
             warnings.warn(f"checkpoint {folder.name} is skipped: {problem}", stacklevel=2)
         if folders:
-            raise RunError(f"{self.folder}: no checkpoint is whole; start again with --overwrite")
+            raise SharedError(
+                f"{self.folder}: no checkpoint is whole; start again with --overwrite"
+            )
         return None
 
     def save_best(self, step: int, trained: Mapping[str, Tensor]) -> None:
@@ -121,7 +123,7 @@ class CheckpointFolder:
         folder = self.folder / f"best-{step:08d}"
         problem = _defect(folder)
         if problem:
-            raise RunError(f"{folder}: the best checkpoint cannot be used: {problem}")
+            raise SharedError(f"{folder}: the best checkpoint cannot be used: {problem}")
         restore_trained(model, load_file(folder / "trained.safetensors"))
 
     def drop_after(self, step: int) -> None:
@@ -212,7 +214,7 @@ def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     parameters = trainable_parameters(model)
     if parameters.keys() != tensors.keys():
-        raise RunError("the checkpoint is of another model or method: trained parameters differ")
+        raise SharedError("the checkpoint is of another model or method: trained parameters differ")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shared_out(tensors[name], parameter))
