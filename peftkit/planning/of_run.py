@@ -9,12 +9,11 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from peftkit.contracts import TaskData
 from peftkit.modeling.loading import ModelSpec, spec_config
 from peftkit.planning.budget import Budget
-from peftkit.planning.predict import predict
+from peftkit.planning.predict import Prediction, predict
 from peftkit.planning.setting import (
     Setting,
     build_method,
@@ -26,6 +25,7 @@ from peftkit.planning.setting import (
 from peftkit.planning.sharding import Sharding, sharded
 from peftkit.recipe import Recipe
 from peftkit.training.batch_size import accumulation_steps
+from peftkit.training.sharded import will_shard
 
 
 def foresee(
@@ -33,10 +33,7 @@ def foresee(
 ) -> dict[str, int] | None:
     """Peak of live tensors in bytes by phase of the record; None if it cannot be said."""
     try:
-        found = predict(_setting(recipe, data, spec, accelerator))
-        processes = accelerator.num_processes
-        how: Sharding = "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "ddp"
-        return sharded(found, how, processes).by_record_phase()
+        return _predicted(_setting(recipe, data, spec, accelerator), accelerator).by_record_phase()
     except Exception:  # whatever a third party's method does on fake tensors: the run goes on
         return None
 
@@ -47,7 +44,7 @@ def fitting_batch(
     """`size` examples at a time, or halved until training should fit this device; None: unknown."""
     try:
         setting, room = _setting(recipe, data, spec, accelerator), _room_bytes(accelerator.device)
-        while _training_bytes(setting, size, accelerator.num_processes) > room:
+        while _training_bytes(setting, size, accelerator) > room:
             if size % 2:
                 return None
             size //= 2
@@ -56,12 +53,18 @@ def fitting_batch(
     return size
 
 
-def _training_bytes(setting: Setting, size: int, processes: int) -> int:
+def _predicted(setting: Setting, accelerator: Accelerator) -> Prediction:
+    """Peaks of one process."""
+    how: Sharding = "fsdp" if will_shard(accelerator) else "ddp"
+    return sharded(predict(setting), how, accelerator.num_processes)
+
+
+def _training_bytes(setting: Setting, size: int, accelerator: Accelerator) -> int:
     steps = accumulation_steps(setting.training, size)
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
     training = setting.training.model_copy(update=sizes)
-    found = predict(replace(setting.with_batch(size), training=training))
-    return sharded(found, "ddp", processes).training_bytes
+    halved = replace(setting.with_batch(size), training=training)
+    return _predicted(halved, accelerator).training_bytes
 
 
 def _room_bytes(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from peftkit.modeling.parameters import transformer_blocks
 
 def will_shard(accelerator: Accelerator) -> bool:
     """Whether `accelerator.prepare` shares out the parameters of a model."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def shard_by_blocks(accelerator: Accelerator, model: nn.Module) -> None:
@@ -31,7 +31,7 @@ def shard_by_blocks(accelerator: Accelerator, model: nn.Module) -> None:
     Left alone Accelerate takes transformers' list, which names the embeddings of a BERT beside its
     blocks, and then fails on them, as it shards input embeddings by themselves.
     """
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if not will_shard(accelerator):
         return
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is not None:
