@@ -8,6 +8,7 @@ Called by the loop. One folder a checkpoint, published by one rename:
 """
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from peftkit.staging import (
     sha256_file,
     sha256_files,
     staged_folder,
+    staging_name,
 )
 from peftkit.training.sharded import shared_out, whole
 
@@ -77,7 +79,7 @@ class CheckpointFolder:
             (staging / "state.json").write_text(json.dumps(checkpoint.state))
             _write_manifest(staging)
         for folder in older:  # of the training before; its newest step goes last
-            shutil.rmtree(folder)
+            _remove(folder)
         self._prune()
 
     def newest(self, *, with_best: bool = True) -> Checkpoint | None:
@@ -127,15 +129,17 @@ class CheckpointFolder:
         restore_trained(model, load_file(folder / "trained.safetensors"))
 
     def drop_after(self, step: int) -> None:
-        """Forget what a run left that got beyond `step`, where it is taken up again.
+        """Leave the folder as the run left it at `step`, where it is taken up again.
 
-        Damaged checkpoints and half-written folders would else stand in the way of new ones.
+        Damaged checkpoints and half-written folders would else stand in the way of new ones, and
+        a save that was killed has not dropped what nothing needs any more.
         """
         for folder in self.folder.glob(f"{STAGING_PREFIX}*"):
             shutil.rmtree(folder)
         for folder in [*self.folder.glob("step-*"), *self.folder.glob("best-*")]:
             if int(folder.name.rpartition("-")[2]) > step:
-                shutil.rmtree(folder)
+                _remove(folder)
+        self._prune()
 
     def _defect_of_best(self, folder: Path) -> str | None:
         """What is wrong with the best checkpoint that a whole one points to, or None."""
@@ -155,13 +159,13 @@ class CheckpointFolder:
     def _prune(self) -> None:
         steps = sorted(self.folder.glob("step-*"))
         for folder in self.folder.glob("begin-*") if steps else ():
-            shutil.rmtree(folder)
+            _remove(folder)
         for folder in steps[: -self.keep]:
-            shutil.rmtree(folder)
+            _remove(folder)
         needed = {_best_step(folder) for folder in steps[-self.keep :]}
         for folder in self.folder.glob("best-*"):
             if int(folder.name.removeprefix("best-")) not in needed:
-                shutil.rmtree(folder)
+                _remove(folder)
 
 
 @contextmanager
@@ -191,8 +195,19 @@ def _save(value: Any, path: Path) -> None:
         torch.save(value, stream)
 
 
+def _remove(folder: Path) -> None:
+    """Gone by one rename: a process killed here leaves a hidden folder, not half a checkpoint."""
+    hidden = folder.with_name(staging_name())
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
 def _best_step(folder: Path) -> int | None:
-    step: int | None = json.loads((folder / "state.json").read_text())["best_step"]
+    """The step of the best evaluation before a checkpoint; a damaged one knows of none."""
+    try:
+        step: int | None = json.loads((folder / "state.json").read_text())["best_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
     return step
 
 

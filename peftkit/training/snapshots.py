@@ -67,6 +67,7 @@ class Snapshots:
         if found is None:
             raise SharedError(f"{self.folder.folder}: --resume-weights-only finds no checkpoint")
         restore_trained(self.model, found.trained)
+        self._drop_after(found.state["step"])
         step = found.state["step"] or found.state["weights_from_step"]
         if self.accelerator.is_main_process:
             print(f"beginning anew with the weights of step {step}", file=sys.stderr, flush=True)
@@ -80,9 +81,11 @@ class Snapshots:
         """
         found = self._newest(with_best=True)
         if found is None:
+            self._drop_after(0)
             return TrainState(resumed_after=0)
         facts = dict(found.state)
         self._refuse_other_conditions(facts.pop("conditions", {}))
+        self._drop_after(facts["step"])
         restore_trained(self.model, found.trained)
         self.optimizer.load_state_dict(shared_out_state(self.optimizer, found.optimizer))
         if scaler := facts.pop("scaler"):
@@ -92,16 +95,16 @@ class Snapshots:
         return TrainState(**{**facts, "resumed_after": facts["step"] or None})
 
     def _newest(self, *, with_best: bool) -> Checkpoint | None:
-        """The checkpoint to go on from; what lies beyond it is removed."""
-        main = self.accelerator.is_main_process
+        """The checkpoint to go on from; each process reads it, and one of them warns."""
         with warnings.catch_warnings():
-            if not main:
+            if not self.accelerator.is_main_process:
                 warnings.simplefilter("ignore")
-            found = self.folder.newest(with_best=with_best)
+            return self.folder.newest(with_best=with_best)
+
+    def _drop_after(self, step: int) -> None:
         self.accelerator.wait_for_everyone()  # nobody is still reading
-        if main:
-            self.folder.drop_after(found.state["step"] if found else 0)
-        return found
+        if self.accelerator.is_main_process:
+            self.folder.drop_after(step)
 
     def _conditions(self) -> dict[str, Any]:
         return {**self.conditions, "processes": self.accelerator.num_processes}
