@@ -10,6 +10,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.made-for-$(shell cksum < pyproject.toml | tr ' ' '-')
+DEEPSPEED := .venv/deepspeed
 CANDIDATES := $(or $(PYTHON),python3.11 python3)
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -63,8 +64,13 @@ test: $(STAMP)
 slow: export OMP_NUM_THREADS := 1
 slow: export TMPDIR := $(shell test "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt \
 	8000000 2>/dev/null && echo /dev/shm || echo "$${TMPDIR:-/tmp}")
-slow: $(STAMP)
+slow: $(DEEPSPEED)
 	$(PYTEST) -m 'slow and not real_data' -n 2
+
+# Apart from the rest: where it is installed Accelerate imports it in every run.
+$(DEEPSPEED): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	  deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
 
 real-data: $(STAMP)
 	@if [ ! -d "$${PEFTKIT_MIRROR:-}" ]; then echo "make real-data needs PEFTKIT_MIRROR to name" \

@@ -30,7 +30,7 @@ from peftkit.training.batch_size import is_out_of_memory
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.evaluation import Evaluation
 from peftkit.training.loop import Trainer
-from peftkit.training.sharded import make_whole, will_shard
+from peftkit.training.sharded import is_fsdp, make_whole
 from peftkit.training.signals import StopRequest
 from peftkit.training.start import place, start_accelerator
 from peftkit.training.state import Job
@@ -100,7 +100,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
     facts.predicted = foresee(recipe, data, spec, accelerator)
     set_seed(recipe.seed)
     with facts.timed("load"), meter.phase("load"):
-        model = load_model(base.path, spec, options, to_be_sharded=will_shard(accelerator))
+        model = load_model(base.path, spec, options, to_be_sharded=is_fsdp(accelerator))
         model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files
         prepared = method.prepare(model)
         set_precision(prepared, held_dtype(spec, options))

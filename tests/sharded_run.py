@@ -1,9 +1,10 @@
 """A run whose parameters are shared out over processes of a CPU, which a launch cannot do there.
 
-    torchrun --nproc-per-node 2 sharded_run.py RECIPE.yaml [--resume | --stop-after=STEP]
+    torchrun --nproc-per-node 2 sharded_run.py fsdp2|zero2|zero3 RECIPE.yaml
+        [--resume | --stop-after=STEP]
 
-Accelerate makes plain data parallelism of FSDP2 on a CPU; told otherwise once it has started, it
-shards there, too, by the same code as on GPUs.
+Accelerate makes plain data parallelism of FSDP2 and of DeepSpeed on a CPU; told otherwise once it
+has started, it shares out there, too, by the same code as on GPUs.
 """
 
 import os
@@ -11,29 +12,49 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["ACCELERATE_USE_CPU"] = "true"
-
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
 from peftkit import experiment
 from peftkit.recipe import load_recipe
+from peftkit.training import zero
 from peftkit.training.loop import Trainer
 from peftkit.training.start import start_accelerator
 
+STAGES = {"zero2": 2, "zero3": 3}
+
 
 def start_sharding(*arguments: Any, **words: Any) -> Accelerator:
-    """What the launch of accelerate_configs/fsdp2.yaml gives on GPUs."""
+    """What the launch of a file of accelerate_configs/ gives on GPUs."""
     accelerator = start_accelerator(*arguments, **words)
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-    )
+    if sys.argv[1] == "fsdp2":
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+        )
+    else:
+        make_deepspeed(accelerator, STAGES[sys.argv[1]])
     return accelerator
+
+
+def make_deepspeed(accelerator: Accelerator, stage: int) -> None:
+    from deepspeed import comm
+
+    comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    plugin = DeepSpeedPlugin(zero_stage=stage, zero3_init_flag=False)
+    plugin.set_mixed_precision(accelerator.mixed_precision)
+    plugin.select(_from_accelerator_state=True)
+    # Tiny parameters would not be shared out, and be held whole.
+    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    state = accelerator.state
+    state.distributed_type, state.deepspeed_plugins = DistributedType.DEEPSPEED, plugin
+    state._mixed_precision = "no"
+    accelerator.deepspeed_engine_wrapped = None
+    zero.load_whole()
 
 
 def die_in_step(number: int) -> None:
@@ -54,4 +75,4 @@ if __name__ == "__main__":
     if sys.argv[-1].startswith("--stop-after="):
         die_in_step(int(sys.argv[-1].partition("=")[2]))
     on_exists = "resume" if "--resume" in sys.argv else "refuse"
-    experiment.run_experiment(load_recipe(Path(sys.argv[1])), on_exists=on_exists)
+    experiment.run_experiment(load_recipe(Path(sys.argv[2])), on_exists=on_exists)

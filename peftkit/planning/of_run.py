@@ -25,7 +25,8 @@ from peftkit.planning.setting import (
 from peftkit.planning.sharding import Sharding, sharded
 from peftkit.recipe import Recipe
 from peftkit.training.batch_size import accumulation_steps
-from peftkit.training.sharded import will_shard
+from peftkit.training.sharded import is_fsdp
+from peftkit.training.zero import stage_asked
 
 
 def foresee(
@@ -55,8 +56,14 @@ def fitting_batch(
 
 def _predicted(setting: Setting, accelerator: Accelerator) -> Prediction:
     """Peaks of one process."""
-    how: Sharding = "fsdp" if will_shard(accelerator) else "ddp"
-    return sharded(predict(setting), how, accelerator.num_processes)
+    return sharded(predict(setting), _sharding(accelerator), accelerator.num_processes)
+
+
+def _sharding(accelerator: Accelerator) -> Sharding:
+    if is_fsdp(accelerator):
+        return "fsdp"
+    stages: dict[int | None, Sharding] = {1: "zero2", 2: "zero2", 3: "zero3"}
+    return stages.get(stage_asked(accelerator), "ddp")
 
 
 def _training_bytes(setting: Setting, size: int, accelerator: Accelerator) -> int:

@@ -33,7 +33,7 @@ from peftkit.staging import (
     staged_folder,
     staging_name,
 )
-from peftkit.training.sharded import shared_out, whole
+from peftkit.training.sharded import set_parameter, whole_parameter
 
 _MANIFEST = "manifest.json"
 """Written last: a folder without it is no checkpoint."""
@@ -217,8 +217,8 @@ def trained_copy(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     With `keep` false this process only helps to gather them, and gets none.
     """
     trained = trainable_parameters(model)
-    gathered = ((name, whole(p.detach(), keep=keep)) for name, p in trained.items())
-    return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if keep}
+    gathered = ((name, whole_parameter(p, keep=keep)) for name, p in trained.items())
+    return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if tensor is not None}
 
 
 def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -230,9 +230,8 @@ def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     parameters = trainable_parameters(model)
     if parameters.keys() != tensors.keys():
         raise SharedError("the checkpoint is of another model or method: trained parameters differ")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(shared_out(tensors[name], parameter))
+    for name, parameter in parameters.items():
+        set_parameter(parameter, tensors[name])
 
 
 def _write_manifest(folder: Path) -> None:

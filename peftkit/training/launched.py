@@ -21,6 +21,13 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "peftkit")
 """Those of which all processes need one version."""
 
 Strategy = Literal["FSDP", "DEEPSPEED"]
+_DEEPSPEED = (
+    "config_file",
+    "zero_stage",
+    "zero3_init",
+    "offload_optimizer_device",
+    "offload_param_device",
+)
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,39 @@ def _strategy_problems(asked: Asked) -> list[str]:
         )
     if asked.strategy == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         problems.append(
-            "launch: DeepSpeed is asked for and not installed; pip install deepspeed, or take "
-            "accelerate_configs/fsdp2.yaml"
+            "launch: DeepSpeed is asked for and not installed; pip install 'peftkit[deepspeed]', "
+            "or take accelerate_configs/fsdp2.yaml"
+        )
+    if asked.strategy == "DEEPSPEED":
+        problems += _deepspeed_problems(asked)
+    return problems
+
+
+def _deepspeed_problems(asked: Asked) -> list[str]:
+    """Settings of DeepSpeed's under which it would do something else than the recipe says."""
+    of = {name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}") for name in _DEEPSPEED}
+    problems = []
+    if of["config_file"]:
+        problems.append(
+            "launch: deepspeed_config_file can set an optimizer, a schedule and a precision that "
+            "are not the recipe's; take the keys of accelerate_configs/zero2.yaml in its place"
+        )
+    elif of["zero_stage"] not in ("1", "2", "3"):
+        problems.append(f"launch: zero_stage {of['zero_stage']} shares out nothing; take 1, 2 or 3")
+    if (of["zero3_init"] or "").lower() == "true":
+        problems.append(
+            "launch: zero3_init_flag leaves no process with weights that can be checked; set it to "
+            "false, as accelerate_configs/zero3.yaml does"
+        )
+    if {of["offload_optimizer_device"], of["offload_param_device"]} - {None, "none"}:
+        problems.append(
+            "launch: DeepSpeed's offload puts an optimizer of its own in the place of the "
+            "recipe's; take accelerate_configs/fsdp2_offload.yaml"
+        )
+    if asked.precision == "fp16":
+        problems.append(
+            "launch: mixed precision fp16 under DeepSpeed scales the loss by rules of its own; "
+            "take bf16, or accelerate_configs/fsdp2.yaml"
         )
     return problems
 
@@ -148,18 +186,12 @@ def fit_problems(
     zero = strategy == DistributedType.DEEPSPEED.value
     name = f"ZeRO-{zero_stage}" if zero else strategy
     problems = []
-    if zero:
-        problems.append(
-            f"launch: {name}: DeepSpeed updates the weights within the backward pass, and holds "
-            "them in 16 bits; accumulation, the stop at NaN and float32 weights would not be what "
-            "peftkit promises; take accelerate_configs/fsdp2.yaml, which shares out the same"
-        )
     if quantised and zero and zero_stage == 3:
         problems.append(
             "method: a base in 4 bits cannot be shared out by ZeRO-3; take "
             "accelerate_configs/fsdp2_qlora.yaml, or ddp.yaml if it fits one GPU"
         )
-    if config.optimizer in EIGHT_BIT and zero:
+    if zero and config.optimizer in (*EIGHT_BIT, "adagrad"):
         problems.append(
             f"training.optimizer: {config.optimizer} does not work under {name}, which keeps "
             "optimizer state in pieces of its own; take adamw"

@@ -30,10 +30,10 @@ from peftkit.training.evaluation import Evaluator
 from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
 from peftkit.training.progress import Progress
-from peftkit.training.sharded import scalar, shard_by_blocks
 from peftkit.training.signals import StopRequest, mind_the_parent_only
 from peftkit.training.snapshots import Snapshots, by_main
 from peftkit.training.state import Job, StepBatches, StepResult, TrainState
+from peftkit.training.updates import prepared
 
 if TYPE_CHECKING:
     from peftkit.memory.meter import MemoryMeter
@@ -46,14 +46,14 @@ class Trainer:
         self.job, self.config, self.meter = job, job.config, meter
         self.accelerator = accelerator
         optimizer = build_optimizer(job.config, job.groups)
-        shard_by_blocks(accelerator, job.model)
-        self.model, self.optimizer = accelerator.prepare(job.model, optimizer)
+        self.updates = prepared(accelerator, job.model, optimizer, job.config)
+        self.model, self.optimizer = self.updates.model, self.updates.optimizer
         self.state = TrainState()
         self._metering_done = False
         limit = job.config.save_total_limit
         self.checkpoints = CheckpointFolder(job.folder / "checkpoints", keep=limit)
         bare, kept = self._bare_model(), self.checkpoints
-        self.snapshots = Snapshots(accelerator, bare, self.optimizer, meter, kept, job.conditions)
+        self.snapshots = Snapshots(accelerator, bare, self.updates, meter, kept, job.conditions)
         self.evaluator = Evaluator(accelerator, job.config.per_device_eval_batch_size, meter)
         leading = job.config.metric_for_best_model or job.task.metric_names[0]
         self.best = BestMetric(leading, greater_is_better=job.config.greater_is_better)
@@ -172,14 +172,12 @@ class Trainer:
         loss_sum = torch.zeros((), device=device)
         for position, (micro, batch) in enumerate(batches):
             last = position == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.updates.micro_batch(last=last):
                 loss_sum += self._backward(micro, batch, total=total, last=last)
         loss = float(self.accelerator.reduce(loss_sum, "sum")) / total
-        norm = self._gradient_norm()
-        if not (math.isfinite(loss) and (math.isfinite(norm) or self._may_rescale())):
+        norm, sound = self.updates.apply(loss)
+        if not sound:
             raise self._non_finite(batches, loss, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return StepResult(loss, norm, int(examples), int(tokens))
 
     def _backward(
@@ -192,25 +190,12 @@ class Trainer:
         smoothing = self.config.label_smoothing
         loss_sum = self.job.task.loss(outputs, labels, label_smoothing=smoothing)
         loss_sum = loss_sum * float(micro.counts)
-        # DDP averages gradients over processes; the sum is wanted.
+        # Gradients are averaged over processes; the sum is wanted.
         loss = loss_sum * (self.accelerator.num_processes / total)
         if last and self.config.l1:
             loss = loss + self.config.l1 * self._l1_norm()
-        # Accelerate divides by its own accumulation count, which stays 1 here.
-        self.accelerator.backward(loss)
+        self.updates.backward(loss)
         return loss_sum.detach()
-
-    def _gradient_norm(self) -> float:
-        """Norm over all trained parameters, clipped in place if the recipe asks."""
-        bound = self.config.max_grad_norm or math.inf
-        parameters = trainable_parameters(self.model).values()
-        self.accelerator.unscale_gradients(self.optimizer)
-        return scalar(torch.nn.utils.clip_grad_norm_(parameters, bound))
-
-    def _may_rescale(self) -> bool:
-        """Whether a gradient may be infinite because of the loss scale, which then falls."""
-        scaler = self.accelerator.scaler
-        return scaler is not None and scaler.get_scale() > 1.0
 
     def _l1_norm(self) -> Tensor:
         matrices = (p for p in trainable_parameters(self.model).values() if p.ndim >= 2)

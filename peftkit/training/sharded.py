@@ -1,8 +1,9 @@
-"""Parameters shared out over processes (FSDP2): gathering them whole, and sharing them out again.
+"""Parameters shared out over processes: gathering them whole, and sharing them out again.
 
-Called by the loop, the evaluation and the checkpoints. A *sharded* tensor is a `DTensor`, of which
-a process holds a part. Whatever gathers is called by every process, at the same point. Models that
-are not sharded pass through unchanged.
+Called by the updates, the evaluation and the checkpoints. A *sharded* tensor is a `DTensor` of
+FSDP2, of which a process holds a part, or a parameter that DeepSpeed manages (`zero`). Whatever
+gathers is called by every process, at the same point. Models that are not sharded pass through
+unchanged.
 """
 
 from collections.abc import Mapping
@@ -18,10 +19,16 @@ from torch.optim import Optimizer
 
 from peftkit.errors import MethodError
 from peftkit.modeling.parameters import transformer_blocks
+from peftkit.training import zero
 
 
 def will_shard(accelerator: Accelerator) -> bool:
-    """Whether `accelerator.prepare` shares out the parameters of a model."""
+    """Whether the parameters of a model will be shared out when training begins."""
+    return is_fsdp(accelerator) or zero.stage_asked(accelerator) == 3
+
+
+def is_fsdp(accelerator: Accelerator) -> bool:
+    """Whether the launch is for FSDP."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
@@ -31,7 +38,7 @@ def shard_by_blocks(accelerator: Accelerator, model: nn.Module) -> None:
     Left alone Accelerate takes transformers' list, which names the embeddings of a BERT beside its
     blocks, and then fails on them, as it shards input embeddings by themselves.
     """
-    if not will_shard(accelerator):
+    if not is_fsdp(accelerator):
         return
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is not None:
@@ -47,7 +54,9 @@ def shard_by_blocks(accelerator: Accelerator, model: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a process holds parts of parameters, so that each forward needs all processes."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
+    return any(zero.is_shared_out(parameter) for parameter in model.parameters())
 
 
 def free_gathered(model: nn.Module) -> None:
@@ -70,6 +79,24 @@ def whole(value: Any, *, keep: bool = True) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(whole(item, keep=keep) for item in value)
     return value
+
+
+def whole_parameter(parameter: Tensor, *, keep: bool = True) -> Tensor | None:
+    """A parameter that trains, gathered, detached; with `keep` false for others, and None here."""
+    if zero.is_shared_out(parameter):
+        gathered = zero.whole_parameter(parameter)
+        return gathered if keep else None
+    held: Tensor | None = whole(parameter.detach(), keep=keep)
+    return held
+
+
+@torch.no_grad()
+def set_parameter(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, the same on every process, into a parameter that trains."""
+    if zero.is_managed(parameter):
+        zero.set_parameter(parameter, value)
+    else:
+        parameter.copy_(shared_out(value, parameter))
 
 
 def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -100,8 +127,10 @@ def make_whole(model: nn.Module) -> None:
     """
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor) and parameter.requires_grad:
-                module._parameters[name] = nn.Parameter(whole(parameter.detach()))
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if isinstance(parameter, DTensor) or zero.is_shared_out(parameter):
+                module._parameters[name] = nn.Parameter(whole_parameter(parameter))
 
 
 def _is_of(item: Any, parameter: Tensor) -> bool:

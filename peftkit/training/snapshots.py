@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.optim import Optimizer
 
 from peftkit.errors import RunError, SharedError
 from peftkit.nested import differences
 from peftkit.training import rng
 from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
-from peftkit.training.sharded import shared_out_state, whole
 from peftkit.training.state import TrainState
+from peftkit.training.updates import Updates
 
 if TYPE_CHECKING:
     from peftkit.memory.meter import MemoryMeter
@@ -31,7 +30,7 @@ class Snapshots:
 
     accelerator: Accelerator
     model: nn.Module
-    optimizer: Optimizer
+    updates: Updates
     meter: "MemoryMeter"
     folder: CheckpointFolder
     conditions: Mapping[str, Any]
@@ -42,7 +41,7 @@ class Snapshots:
         states = rng.gather(self.accelerator)
         main = self.accelerator.is_main_process
         trained = trained_copy(self.model, keep=main)
-        optimizer = whole(self.optimizer.state_dict(), keep=main)
+        optimizer = self.updates.optimizer_state(keep=main)
         if main:
             scaler = self.accelerator.scaler
             facts = {
@@ -87,7 +86,7 @@ class Snapshots:
         self._refuse_other_conditions(facts.pop("conditions", {}))
         self._drop_after(facts["step"])
         restore_trained(self.model, found.trained)
-        self.optimizer.load_state_dict(shared_out_state(self.optimizer, found.optimizer))
+        self.updates.restore_optimizer(found.optimizer)
         if scaler := facts.pop("scaler"):
             self.accelerator.scaler.load_state_dict(scaler)
         self.meter.add_earlier(facts.pop("meter"))

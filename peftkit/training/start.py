@@ -14,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 
 from peftkit.errors import SharedError
+from peftkit.training import zero
 from peftkit.training.config import TrainingConfig
 from peftkit.training.launched import (
     LIBRARIES,
@@ -47,15 +48,10 @@ def start_accelerator(config: TrainingConfig, *, quantised: bool = False) -> Acc
         mixed_precision=config.mixed_precision, gradient_accumulation_plugin=once
     )
     _refuse(_unlike(asked, accelerator))
-    plugin = accelerator.state.deepspeed_plugin
-    _refuse(
-        fit_problems(
-            config,
-            accelerator.distributed_type.value,
-            zero_stage=plugin.zero_stage if plugin else None,
-            quantised=quantised,
-        )
-    )
+    strategy, stage = accelerator.distributed_type.value, zero.stage_asked(accelerator)
+    if stage:
+        zero.load_whole()
+    _refuse(fit_problems(config, strategy, zero_stage=stage, quantised=quantised))
     machines = _machines(accelerator)
     if accelerator.is_main_process:
         print(*_lines(accelerator, machines), sep="\n", file=sys.stderr, flush=True)
@@ -105,11 +101,12 @@ def _lines(accelerator: Accelerator, machines: int) -> list[str]:
     device = accelerator.device
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    processes = accelerator.num_processes
+    processes, stage = accelerator.num_processes, zero.stage_asked(accelerator)
+    zero_stage = f" (ZeRO-{stage})" if stage else ""
     lines = [
         f"running: {processes} process{'es' if processes > 1 else ''} on {machines} "
         f"machine{'s' if machines > 1 else ''}, device {device.type}{name}, precision {precision}, "
-        f"distributed type {accelerator.distributed_type.value}"
+        f"distributed type {accelerator.distributed_type.value}{zero_stage}"
     ]
     cores, threads = _usable_cores(), torch.get_num_threads()
     if device.type == "cpu" and processes == 1 and threads < cores:
