@@ -136,15 +136,14 @@ def tiny_data(tmp_path_factory) -> Path:
     return save_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture
-def tiny_recipe(tiny_base, tiny_data):
+def made_recipe(base: Path, data: Path) -> dict:
     """A resolved recipe as a dict, to be changed by a test and validated."""
     return {
         "name": "tiny",
-        "base": {"name": str(tiny_base)},
+        "base": {"name": str(base)},
         "task": {
             "type": "classification",
-            "dataset": str(tiny_data),
+            "dataset": str(data),
             "text_columns": ["sentence"],
             "labels": ["negative", "positive"],
             "metrics": ["accuracy"],
@@ -158,6 +157,12 @@ def tiny_recipe(tiny_base, tiny_data):
             "per_device_train_batch_size": 8,
         },
     }
+
+
+@pytest.fixture
+def tiny_recipe(tiny_base, tiny_data):
+    """`made_recipe` of the tiny base and data."""
+    return made_recipe(tiny_base, tiny_data)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""A run whose parameters are shared out over processes of a CPU, which a launch cannot do there.
+"""Runs whose parameters are shared out over processes of a CPU, which a launch cannot do there.
 
-    torchrun --nproc-per-node 2 sharded_run.py fsdp2|zero2|zero3 RECIPE.yaml
+    torchrun --nproc-per-node 2 sharded_run.py fsdp2|zero2|zero3 RECIPE.yaml [...]
         [--resume | --stop-after=STEP]
+
+`python sharded_run.py alone RECIPE.yaml [...]` is one process that holds everything.
 
 Accelerate makes plain data parallelism of FSDP2 and of DeepSpeed on a CPU; told otherwise once it
 has started, it shares out there, too, by the same code as on GPUs.
@@ -14,9 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
 from peftkit import experiment
+from peftkit.errors import PeftkitError
 from peftkit.recipe import load_recipe
 from peftkit.training import zero
 from peftkit.training.loop import Trainer
@@ -27,18 +31,23 @@ STAGES = {"zero2": 2, "zero3": 3}
 
 def start_sharding(*arguments: Any, **words: Any) -> Accelerator:
     """What the launch of a file of accelerate_configs/ gives on GPUs."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the run before
     accelerator = start_accelerator(*arguments, **words)
     if sys.argv[1] == "fsdp2":
-        accelerator.state.distributed_type = DistributedType.FSDP
+        become(accelerator, DistributedType.FSDP)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             reshard_after_forward=True,
             cpu_ram_efficient_loading=False,
         )
-    else:
+    elif sys.argv[1] in STAGES:
         make_deepspeed(accelerator, STAGES[sys.argv[1]])
     return accelerator
+
+
+def become(accelerator: Accelerator, kind: DistributedType) -> None:
+    accelerator.state.distributed_type = PartialState().distributed_type = kind
 
 
 def make_deepspeed(accelerator: Accelerator, stage: int) -> None:
@@ -50,9 +59,9 @@ def make_deepspeed(accelerator: Accelerator, stage: int) -> None:
     plugin.select(_from_accelerator_state=True)
     # Tiny parameters would not be shared out, and be held whole.
     plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    state = accelerator.state
-    state.distributed_type, state.deepspeed_plugins = DistributedType.DEEPSPEED, plugin
-    state._mixed_precision = "no"
+    become(accelerator, DistributedType.DEEPSPEED)
+    accelerator.state.deepspeed_plugins = plugin
+    accelerator.state._mixed_precision = "no"
     accelerator.deepspeed_engine_wrapped = None
     zero.load_whole()
 
@@ -75,4 +84,10 @@ if __name__ == "__main__":
     if sys.argv[-1].startswith("--stop-after="):
         die_in_step(int(sys.argv[-1].partition("=")[2]))
     on_exists = "resume" if "--resume" in sys.argv else "refuse"
-    experiment.run_experiment(load_recipe(Path(sys.argv[2])), on_exists=on_exists)
+    for path in sys.argv[2:]:
+        if path.startswith("--"):
+            continue
+        try:
+            experiment.run_experiment(load_recipe(Path(path)), on_exists=on_exists)
+        except PeftkitError as error:  # its record says so
+            print(error)

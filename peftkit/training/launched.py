@@ -145,7 +145,7 @@ def _deepspeed_problems(asked: Asked) -> list[str]:
             "launch: deepspeed_config_file can set an optimizer, a schedule and a precision that "
             "are not the recipe's; take the keys of accelerate_configs/zero2.yaml in its place"
         )
-    elif of["zero_stage"] not in ("1", "2", "3"):
+    elif of["zero_stage"] not in (None, "1", "2", "3"):
         problems.append(f"launch: zero_stage {of['zero_stage']} shares out nothing; take 1, 2 or 3")
     if (of["zero3_init"] or "").lower() == "true":
         problems.append(

@@ -130,7 +130,9 @@ def make_whole(model: nn.Module) -> None:
             if parameter is None or not parameter.requires_grad:
                 continue
             if isinstance(parameter, DTensor) or zero.is_shared_out(parameter):
-                module._parameters[name] = nn.Parameter(whole_parameter(parameter))
+                held = whole_parameter(parameter)
+                assert held is not None
+                module._parameters[name] = nn.Parameter(held)
 
 
 def _is_of(item: Any, parameter: Tensor) -> bool:

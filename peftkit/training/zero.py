@@ -42,7 +42,7 @@ def load_whole() -> None:
 
     Accelerate has told it of the launch, whatever `zero3_init_flag` says.
     """
-    from transformers.integrations import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
@@ -104,7 +104,7 @@ class ZeroUpdates:
         """In torch's own form, by the order of the parameters."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        own = next(iter(self._inner.state.values()), {})
+        own: Mapping[str, Any] = next(iter(self._inner.state.values()), {})
         shared = [name for name, value in own.items() if _is_per_element(value)]
         alike = {name: value for name, value in own.items() if name not in shared}
         _link(self._zero)
@@ -166,8 +166,9 @@ def _in_float32(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     if precision == "bf16":
         autocast = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
         forward = autocast(type(model).forward)
-        model._original_forward = model.forward  # what Accelerate puts back when it unwraps
-        model.forward = MethodType(convert_outputs_to_fp32(forward), model)
+        attributes: Any = model
+        attributes._original_forward = model.forward  # what Accelerate puts back when it unwraps
+        attributes.forward = MethodType(convert_outputs_to_fp32(forward), model)
         config["bf16"] = {"enabled": False}
     yield
     if precision == "bf16":
