@@ -33,6 +33,7 @@ from peftkit.staging import fsync_path, sha256_file
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.snapshots import Snapshots
 from peftkit.training.state import TrainState
+from peftkit.training.updates import AcceleratedUpdates
 
 AIM = 1.2
 MEGABYTES = {"lora": 5, "full": 440}
@@ -88,11 +89,12 @@ def seconds(action: Callable[[], object]) -> float:
 def compare(work: Path, megabytes: int, rounds: int) -> dict[str, object]:
     """All arms in turn, in fresh folders."""
     accelerator, model = Accelerator(cpu=True), trained_model(megabytes)
-    optimizer, meter = stepped(model), MemoryMeter(accelerator.device)
+    updates = AcceleratedUpdates(accelerator, model, stepped(model), None)
+    meter = MemoryMeter(accelerator.device)
     times: dict[str, list[float]] = {"checkpoint": [], "copy": [], "copy_and_hash": []}
 
     def snapshots(folder: Path) -> Snapshots:
-        return Snapshots(accelerator, model, optimizer, meter, CheckpointFolder(folder), {})
+        return Snapshots(accelerator, model, updates, meter, CheckpointFolder(folder), {})
 
     take(snapshots(work / "source"))
     source = next((work / "source").glob("step-*"))

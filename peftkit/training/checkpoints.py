@@ -12,7 +12,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,11 @@ from peftkit.errors import RunError, SharedError
 from peftkit.modeling.parameters import trainable_parameters
 from peftkit.staging import (
     STAGING_PREFIX,
-    fsync_path,
-    sha256_file,
     sha256_files,
     staged_folder,
     staging_name,
 )
+from peftkit.training.hashing import HashedFolder
 from peftkit.training.sharded import set_parameter, whole_parameter
 
 _MANIFEST = "manifest.json"
@@ -72,12 +70,14 @@ class CheckpointFolder:
         if target.exists():
             return
         older = [] if step else sorted(self.folder.glob("*-*"))
-        with _published(target) as staging:
-            save_file(checkpoint.trained, staging / "trained.safetensors")
-            _save(checkpoint.optimizer, staging / "optimizer.pt")
-            _save(checkpoint.rng, staging / "rng.pt")
-            (staging / "state.json").write_text(json.dumps(checkpoint.state))
-            _write_manifest(staging)
+        with _published(target) as files:
+            _add_trained(files, checkpoint.trained)
+            for name, value in (("optimizer.pt", checkpoint.optimizer), ("rng.pt", checkpoint.rng)):
+                # Handed a path, torch would not say why it cannot write.
+                with files.stream(name) as stream:
+                    torch.save(value, stream)
+            (files.folder / "state.json").write_text(json.dumps(checkpoint.state))
+            files.add("state.json")
         for folder in older:  # of the training before; its newest step goes last
             _remove(folder)
         self._prune()
@@ -112,9 +112,8 @@ class CheckpointFolder:
         """
         target = self.folder / f"best-{step:08d}"
         if not target.exists():
-            with _published(target) as staging:
-                save_file(dict(trained), staging / "trained.safetensors")
-                _write_manifest(staging)
+            with _published(target) as files:
+                _add_trained(files, trained)
 
     def load_best(self, step: int, model: nn.Module) -> None:
         """Put the parameters that `save_best` kept back into `model`, in place.
@@ -169,16 +168,17 @@ class CheckpointFolder:
 
 
 @contextmanager
-def _published(target: Path) -> Iterator[Path]:
-    """An empty folder that becomes `target`, whole, or nothing at all.
+def _published(target: Path) -> Iterator[HashedFolder]:
+    """An empty folder that becomes `target`, whole and with its manifest, or nothing at all.
 
     Raises:
         RunError: it cannot be written. A full disk is an OSError to Python, a SafetensorError to
             safetensors, and a RuntimeError to torch, which keeps the reason in its context.
     """
     try:
-        with staged_folder(target) as staging:
-            yield staging
+        with staged_folder(target) as staging, HashedFolder(staging) as files:
+            yield files
+            (staging / _MANIFEST).write_text(json.dumps({"files": files.digests()}))
     except (OSError, SafetensorError, RuntimeError) as error:
         known = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(known, "strerror", None) or " ".join(str(known).split())
@@ -190,9 +190,9 @@ def _published(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _save(value: Any, path: Path) -> None:
-    with path.open("wb") as stream:  # handed the path, torch would not say why it cannot write
-        torch.save(value, stream)
+def _add_trained(files: HashedFolder, trained: Mapping[str, Tensor]) -> None:
+    save_file(dict(trained), files.folder / "trained.safetensors")
+    files.add("trained.safetensors")
 
 
 def _remove(folder: Path) -> None:
@@ -211,14 +211,16 @@ def _best_step(folder: Path) -> int | None:
     return step
 
 
-def trained_copy(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The parameters that train, whole, copied to the CPU; for every process to call.
+def trained_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The parameters that train, whole, on the CPU; for every process to call.
+
+    On a CPU they are the model's own, and change with them.
 
     With `keep` false this process only helps to gather them, and gets none.
     """
     trained = trainable_parameters(model)
     gathered = ((name, whole_parameter(p, keep=keep)) for name, p in trained.items())
-    return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if tensor is not None}
+    return {name: tensor.to("cpu") for name, tensor in gathered if tensor is not None}
 
 
 def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -232,18 +234,6 @@ def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise SharedError("the checkpoint is of another model or method: trained parameters differ")
     for name, parameter in parameters.items():
         set_parameter(parameter, tensors[name])
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(folder.iterdir())
-    # Hashing lets go of the interpreter, and forcing to disk waits: side by side they take little
-    # more than a copy of the same bytes.
-    with ThreadPoolExecutor(max_workers=2 * len(files)) as pool:
-        synced = [pool.submit(fsync_path, file) for file in files]
-        digests = dict(zip((f.name for f in files), pool.map(sha256_file, files), strict=True))
-        for file in synced:
-            file.result()
-    (folder / _MANIFEST).write_text(json.dumps({"files": digests}))
 
 
 def _defect(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from peftkit.errors import Interrupted, NonFiniteError
 from peftkit.modeling.parameters import train_mode, trainable_parameters
 from peftkit.training.batch_size import fitting_batch_size
 from peftkit.training.best import BestMetric
-from peftkit.training.checkpoints import CheckpointFolder, trained_copy
+from peftkit.training.checkpoints import CheckpointFolder, trained_tensors
 from peftkit.training.evaluation import Evaluator
 from peftkit.training.non_finite import examples_to_blame, worded
 from peftkit.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rates
@@ -213,7 +213,7 @@ class Trainer:
         value = self.best.value(result.metrics)
         if self.best.improves(value, state.best_value):
             state.best_step, state.best_value, state.stale_evaluations = state.step, value, 0
-            trained = trained_copy(self._bare_model(), keep=self.accelerator.is_main_process)
+            trained = trained_tensors(self._bare_model(), keep=self.accelerator.is_main_process)
             by_main(self.accelerator, lambda: self.checkpoints.save_best(state.step, trained))
         else:
             state.stale_evaluations += 1

@@ -16,7 +16,12 @@ from torch import nn
 from peftkit.errors import RunError, SharedError
 from peftkit.nested import differences
 from peftkit.training import rng
-from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
+from peftkit.training.checkpoints import (
+    Checkpoint,
+    CheckpointFolder,
+    restore_trained,
+    trained_tensors,
+)
 from peftkit.training.state import TrainState
 from peftkit.training.updates import Updates
 
@@ -40,7 +45,7 @@ class Snapshots:
         """Write a checkpoint from the main process; every process gives its RNG state."""
         states = rng.gather(self.accelerator)
         main = self.accelerator.is_main_process
-        trained = trained_copy(self.model, keep=main)
+        trained = trained_tensors(self.model, keep=main)
         optimizer = self.updates.optimizer_state(keep=main)
         if main:
             scaler = self.accelerator.scaler

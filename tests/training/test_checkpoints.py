@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from peftkit.errors import RunError
-from peftkit.training.checkpoints import Checkpoint, CheckpointFolder, restore_trained, trained_copy
+from peftkit.training.checkpoints import (
+    Checkpoint,
+    CheckpointFolder,
+    restore_trained,
+    trained_tensors,
+)
 from peftkit.training.config import TrainingConfig
 
 FILES = ["trained.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"]
@@ -113,7 +118,7 @@ def test_two_are_kept_and_the_best_that_they_need(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
     for step, best in ((1, 1), (2, 1), (3, 3), (4, 3)):
         if best == step:
-            folder.save_best(step, trained_copy(model))
+            folder.save_best(step, trained_tensors(model))
         folder.save(checkpoint(step, best))
     assert names(tmp_path) == ["best-00000003", "step-00000003", "step-00000004"]
 
@@ -135,7 +140,7 @@ def test_at_least_one_is_kept(limit):
 def test_the_older_kept_checkpoint_keeps_its_own_best(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
     for step in (1, 2):
-        folder.save_best(step, trained_copy(model))
+        folder.save_best(step, trained_tensors(model))
         folder.save(checkpoint(step, step))
     assert names(tmp_path) == ["best-00000001", "best-00000002", "step-00000001", "step-00000002"]
 
@@ -143,7 +148,7 @@ def test_the_older_kept_checkpoint_keeps_its_own_best(tmp_path):
 def test_the_best_comes_back_into_the_model(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
     kept = model.weight.detach().clone()
-    folder.save_best(5, trained_copy(model))
+    folder.save_best(5, trained_tensors(model))
     with torch.no_grad():
         model.weight.zero_()
     folder.load_best(5, model)
@@ -153,7 +158,7 @@ def test_the_best_comes_back_into_the_model(tmp_path):
 def test_a_checkpoint_whose_best_is_damaged_is_skipped_with_one_warning(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
     for step, best in ((1, 1), (2, 2)):
-        folder.save_best(best, trained_copy(model))
+        folder.save_best(best, trained_tensors(model))
         folder.save(checkpoint(step, best))
     (tmp_path / "best-00000002/trained.safetensors").unlink()
     with pytest.warns(UserWarning) as caught:  # noqa: PT030
@@ -195,9 +200,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, litt
     if what == "state":
         made.state["history"] = ["x" * 400_000]
     with pytest.raises(RunError) as raised:
-        folder.save_best(2, trained_copy(nn.Linear(1000, 100))) if what == "best" else folder.save(
-            made
-        )
+        folder.save_best(
+            2, trained_tensors(nn.Linear(1000, 100))
+        ) if what == "best" else folder.save(made)
     (said,) = raised.value.problems
     name = "best" if what == "best" else "step"
     assert said.startswith(f"{tmp_path}/{name}-00000002: the checkpoint cannot be written: ")
@@ -213,7 +218,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, litt
 def test_a_beginning_takes_the_place_of_all_that_was(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in (1, 2):
-        folder.save_best(step, trained_copy(nn.Linear(1, 1)))
+        folder.save_best(step, trained_tensors(nn.Linear(1, 1)))
         folder.save(checkpoint(step, step))
     folder.save(checkpoint(0))
     assert names(tmp_path) == ["begin-00000001"]
@@ -230,7 +235,7 @@ def test_a_beginning_takes_the_place_of_all_that_was(tmp_path):
 def test_a_beginning_that_is_killed_loses_no_weights(tmp_path, monkeypatch, removed):
     folder = CheckpointFolder(tmp_path)
     for step in (1, 2):
-        folder.save_best(step, trained_copy(nn.Linear(1, 1)))
+        folder.save_best(step, trained_tensors(nn.Linear(1, 1)))
         folder.save(checkpoint(step, step))
     real, calls = shutil.rmtree, []
 
@@ -262,7 +267,7 @@ def test_a_beginning_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch)
 
 def test_a_damaged_best_is_refused(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(2, 2)
-    folder.save_best(5, trained_copy(model))
+    folder.save_best(5, trained_tensors(model))
     path = tmp_path / "best-00000005/trained.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(RunError) as raised:
@@ -284,9 +289,9 @@ def test_a_checkpoint_of_another_model_is_refused():
 def test_what_lies_beyond_the_resumed_step_is_dropped(tmp_path):
     folder, model = CheckpointFolder(tmp_path), nn.Linear(1, 1)
     for step in (1, 2):
-        folder.save_best(step, trained_copy(model))
+        folder.save_best(step, trained_tensors(model))
         folder.save(checkpoint(step, 1))
-    folder.save_best(3, trained_copy(model))
+    folder.save_best(3, trained_tensors(model))
     (tmp_path / ".staging-00ff").mkdir()
     folder.drop_after(1)
     assert names(tmp_path) == ["best-00000001", "step-00000001"]
@@ -317,7 +322,7 @@ def saves(folder, after):
     """The saves of a short run, from the one after step `after`."""
     for step in range(after + 1, 4):
         if step != 2:
-            folder.save_best(step, trained_copy(nn.Linear(1, 1)))
+            folder.save_best(step, trained_tensors(nn.Linear(1, 1)))
         folder.save(checkpoint(step, step if step != 2 else 1))
 
 
