@@ -67,6 +67,7 @@ def launch_arguments(nproc: int | None, extra: Sequence[str]) -> list[str]:
     """Arguments of `accelerate launch`: explicit where it would warn about a default.
 
     With a config file (named in `extra`, or the user's own) nothing is preset, so the file rules.
+    Port 0 makes Accelerate take a free one, so that two launches on a machine do not meet.
     """
     arguments = ["--quiet"]
     if _config_file(extra) is None:
@@ -76,6 +77,8 @@ def launch_arguments(nproc: int | None, extra: Sequence[str]) -> list[str]:
         arguments += [PROCESSES_FLAG, str(nproc)]
     if nproc is not None and nproc > 1:
         arguments.append("--multi_gpu")
+        if _config_file(extra) is None and _value(extra, "--num_machines") is None:
+            arguments += ["--main_process_port", "0"]
     return [*arguments, *extra]
 
 

@@ -7,11 +7,15 @@ trackers.
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from peftkit.errors import RunError
+from peftkit.staging import write_file
 from peftkit.training.trackers import Trackers
 
 _STEPS = ("step", "total_steps")
@@ -37,7 +41,8 @@ class Progress:
         self._visible = visible
         self._total = total_steps
         if visible:
-            _truncate(log, start_step)
+            with _writable(log):
+                _truncate(log, start_step)
         if visible and resumed_after is not None:
             reason = "" if start_step else ", as there is no checkpoint"
             print(f"resuming after step {start_step}{reason}", file=sys.stderr, flush=True)
@@ -55,10 +60,14 @@ class Progress:
             self._bar.update()
 
     def report(self, row: dict[str, Any]) -> None:
-        """Log one row; `row` has at least `step`."""
+        """Log one row; `row` has at least `step`.
+
+        Raises:
+            RunError: the log cannot be written.
+        """
         if not self._visible:
             return
-        with self._log.open("a") as stream:
+        with _writable(self._log), self._log.open("a") as stream:
             stream.write(_json(row) + "\n")
         self._trackers.log(row)
         words = "  ".join(
@@ -82,12 +91,23 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+@contextmanager
+def _writable(log: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{log}: the log cannot be written: {error.strerror}; once that is mended, --resume "
+            "goes on after the last checkpoint"
+        ) from error
+
+
 def _truncate(log: Path, start_step: int) -> None:
     """Drop rows after the step that a resumed run starts from."""
     if not log.exists():
         return
     kept = [line for line in log.read_text().splitlines() if _step_of(line) <= start_step]
-    log.write_text("".join(f"{line}\n" for line in kept))
+    write_file(log, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:

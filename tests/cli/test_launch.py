@@ -109,6 +109,9 @@ def test_nothing_is_left_for_accelerate_to_warn_about():
 
 def test_several_processes_are_asked_for_in_the_way_that_works():
     given = values(launch_arguments(3, ["--mixed_precision", "bf16"]))
+    assert given["--main_process_port"] == "0"
+    machines = ["--num_machines", "2", "--main_process_ip", "10.0.0.1"]
+    assert "--main_process_port" not in launch_arguments(3, machines)  # all need the same one
     assert given["--num_processes"] == "3"
     assert "--multi_gpu" in given
     assert given["--mixed_precision"] == "bf16"

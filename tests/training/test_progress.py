@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from peftkit.errors import RunError
 from peftkit.training.progress import Progress
 from peftkit.training.trackers import Trackers
 
@@ -31,6 +32,20 @@ def test_plain_lines_on_stderr_where_there_is_no_terminal(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert (out, err) == ("", "step 3/9  epoch 0.5  loss 0.1235  learning_rate 5e-05\n")
     assert json.loads((tmp_path / "log.jsonl").read_text()) == ROW
+
+
+def test_a_log_that_cannot_be_written_ends_in_one_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.mkdir()  # stands for a full disk
+    shown = progress(tmp_path / "other.jsonl")
+    shown._log = log
+    for attempt in (lambda: progress(log), lambda: shown.report(ROW)):
+        with pytest.raises(RunError) as raised:
+            attempt()
+        assert str(raised.value) == (
+            f"{log}: the log cannot be written: Is a directory; once that is mended, --resume goes "
+            "on after the last checkpoint"
+        )
 
 
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
