@@ -1,10 +1,12 @@
 """The check `runs` of `gpu_check`: recipes through the launcher, sharded, and stopped and resumed.
 
 Each recipe trains for a few hundred steps in bf16, side by side with the others, and leaves its
-record as any run does; three of them once more under FSDP2 with one process. The resumed run gets
+record as any run does; three of them once more under FSDP2 with one process, and under DeepSpeed's
+ZeRO where that is installed. The resumed run gets
 SIGTERM in the middle and is compared with the one that was left alone, step by step.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -17,8 +19,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full", "top_layers", "lora", "qlora")
-SHARDED = {"full": "fsdp2", "lora": "fsdp2", "qlora": "fsdp2_qlora"}
-"""Method → the file of accelerate_configs/ under which it is run once more."""
+SHARDED = [("full", "fsdp2"), ("lora", "fsdp2"), ("qlora", "fsdp2_qlora")]
+"""Methods, and the file of accelerate_configs/ under which they are run once more."""
+if importlib.util.find_spec("deepspeed"):
+    SHARDED += [("lora", "zero2"), ("full", "zero3")]
 STEPS, SAVE_EVERY, STOP_AFTER = 300, 50, 120
 SETTINGS = (
     f"training.max_steps={STEPS}",
@@ -33,8 +37,8 @@ def check() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         started = {f"{method}_sst2": _start(work, f"{method}_sst2") for method in METHODS}
-        for method, config in SHARDED.items():
-            name = f"{method}_sharded"
+        for method, config in SHARDED:
+            name = f"{method}_{config}"
             started[name] = _start(work, f"{method}_sst2", f"name={name}", config=config)
         stopped = _start(work, "lora_sst2", "name=stopped")
         _stop_in_the_middle(stopped, work / "runs/stopped-seed0/log.jsonl")
@@ -44,8 +48,8 @@ def check() -> dict[str, Any]:
         rows = [_row(work, name) for name in started]
         logs = {name: _log(work / f"runs/{name}-seed0") for name in (*started, "stopped")}
     differences = {
-        f"{method}_sharded": _difference(logs[f"{method}_sst2"], logs[f"{method}_sharded"])
-        for method in SHARDED
+        f"{method}_{config}": _difference(logs[f"{method}_sst2"], logs[f"{method}_{config}"])
+        for method, config in SHARDED
     }
     return {
         "runs": rows,
