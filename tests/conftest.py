@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from made_recipe import made_recipe
 
 # Before any library reads them: no Hub, no progress bars of a pool of threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -134,29 +135,6 @@ def base_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     return save_data(tmp_path_factory.mktemp("data"))
-
-
-def made_recipe(base: Path, data: Path) -> dict:
-    """A resolved recipe as a dict, to be changed by a test and validated."""
-    return {
-        "name": "tiny",
-        "base": {"name": str(base)},
-        "task": {
-            "type": "classification",
-            "dataset": str(data),
-            "text_columns": ["sentence"],
-            "labels": ["negative", "positive"],
-            "metrics": ["accuracy"],
-            "holdout_fraction": 0.1,
-            "max_length": 64,
-        },
-        "method": {"type": "full"},
-        "training": {
-            "learning_rate": 5e-3,
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 8,
-        },
-    }
 
 
 @pytest.fixture

@@ -173,6 +173,7 @@ def assert_ran(processes, kind, said):
     ) in said
 
 
+@pytest.mark.slow
 def test_the_config_of_processes_on_the_cpu_runs_by_the_verb(recipe, capfd):
     """`peftkit run` sets the variable that the file needs."""
     file = str(path_of("cpu_ddp"))

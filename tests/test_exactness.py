@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
-from exact_runs import METHODS, STEPS, all_of, make_trainer, texts, trained
+from exact_runs import METHODS, SIZES, STEPS, all_of, make_trainer, texts, trained
 
 from peftkit.modeling.parameters import (
     checkpoint_activations,
@@ -49,15 +49,8 @@ def begin(base, out, words, processes):
 
 
 def results(base, out, *words):
-    """By `rank-of-processes`, by method: what one process (this one, if quick) and two found."""
-    part, *names = words
-    ranks = begin(base, out, words, 2)
-    if part == "quick":
-        one = {name: all_of(base, out, name, part=part, processes=1) for name in names}
-        (out / "0-of-1.json").write_text(json.dumps(one))
-    else:
-        ranks += begin(base, out, words, 1)
-    for rank in ranks:
+    """By `rank-of-processes`, by method: what one process and two found."""
+    for rank in begin(base, out, words, 2) + begin(base, out, words, 1):
         said = rank.communicate(timeout=500)[1]
         assert rank.returncode == 0, said[-3000:]
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*-of-*.json")}
@@ -65,7 +58,10 @@ def results(base, out, *words):
 
 @pytest.fixture(scope="module")
 def quick(base_of, tmp_path_factory):
-    return results(base_of("bert"), tmp_path_factory.mktemp("quick"), "quick", "top_layers")
+    """One process, this one, alone."""
+    base, out = base_of("bert"), tmp_path_factory.mktemp("quick")
+    one = all_of(base, out, "top_layers", part="quick", processes=1)
+    return {"0-of-1": {"top_layers": one}}
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +69,11 @@ def whole(base_of, tmp_path_factory):
     return results(base_of("bert"), tmp_path_factory.mktemp("whole"), "whole", *METHODS)
 
 
-@pytest.fixture(
-    params=[
-        "quick-top_layers",
-        *(pytest.param(f"whole-{m}", marks=pytest.mark.slow) for m in METHODS),
-    ]
-)
+WHOLE = [pytest.param(f"whole-{method}", marks=pytest.mark.slow) for method in METHODS]
+TWO_PROCESSES = pytest.mark.parametrize("found", WHOLE, indirect=True)
+
+
+@pytest.fixture(params=["quick-top_layers", *WHOLE])
 def found(request):
     """By `rank-of-processes`, what was found of one method."""
     part, _, name = request.param.partition("-")
@@ -95,7 +90,7 @@ def every_training(found):
 
 def test_batch_size_accumulation_and_processes_change_no_loss(found):
     trainings = every_training(found)
-    assert len(trainings) >= 2 + 1 + 1
+    assert len(trainings) in (len(SIZES["quick"]), 4 + 3 + 3)
     expected = trainings["8x1 on 0-of-1"]["losses"]
     assert len(expected) == len(set(expected)) in STEPS.values()
     off = {
@@ -113,11 +108,13 @@ def test_learning_rates_are_the_same_in_every_step_of_every_group(found):
     assert all(one["rates"] == expected for one in trainings.values())
 
 
+@TWO_PROCESSES
 def test_processes_stay_bit_equal(found):
     first, second = found["0-of-2"], found["1-of-2"]
     assert first == second
 
 
+@TWO_PROCESSES
 def test_gradients_are_exchanged_once_a_step(found):
     counted = {name: one["exchanged"] for name, one in found["0-of-2"]["trained"].items()}
     assert "2x2" in counted

@@ -575,7 +575,10 @@ def test_checkpoints_outlive_a_failure_to_store(recipe, monkeypatch):
     assert not (FOLDER / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[] if m == "full" else [pytest.mark.slow]) for m in METHODS],
+)
 def test_resumed_run_of_each_method_equals_the_uninterrupted_one(recipe, monkeypatch, method):
     monkeypatch.setattr(CheckpointFolder, "clear", lambda self: None)
     settings = {

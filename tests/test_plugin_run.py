@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,7 @@ def install(folder):
     return site
 
 
+@pytest.mark.slow
 def test_an_installed_method_trains_and_the_broken_one_beside_it_is_named(tmp_path, tiny_recipe):
     site = install(tmp_path)
     recipe = {**tiny_recipe, "method": {"type": "head_only", "rate_factor": 2.0}}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import made_recipe
+from made_recipe import made_recipe
 
 from peftkit.registry import Registry
 

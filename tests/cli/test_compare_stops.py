@@ -79,12 +79,10 @@ def status_of(name):
     return read_record(Path("comparison/runs") / name / "record.json").status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "exit_code"),
-    [
-        pytest.param(signal.SIGINT, "interrupted", 130, marks=pytest.mark.slow),
-        (signal.SIGTERM, "terminated", 143),
-    ],
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
 )
 def test_a_signal_reaches_all_runs_at_work_and_starts_no_more(
     recipes, begin, number, status, exit_code

@@ -48,6 +48,7 @@ def test_a_bad_recipe_exits_2_and_the_code_is_left_in_the_file(tmp_path):
     assert left.read_text() == "2"
 
 
+@pytest.mark.slow  # it waits for the launcher to stop it
 def test_a_further_process_leaves_no_code(tmp_path):
     left = tmp_path / "code"
     script("none.yaml", **{EXIT_FILE: str(left), "LOCAL_RANK": "1", "RANK": "1"})
