@@ -65,7 +65,7 @@ slow: export OMP_NUM_THREADS := 1
 slow: export TMPDIR := $(shell test "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt \
 	8000000 2>/dev/null && echo /dev/shm || echo "$${TMPDIR:-/tmp}")
 slow: $(DEEPSPEED)
-	$(PYTEST) -m 'slow and not real_data' -n 2
+	$(PYTEST) -m 'slow and not real_data' -n 2 --dist loadgroup
 
 # Apart from the rest: where it is installed Accelerate imports it in every run.
 $(DEEPSPEED): $(STAMP)

@@ -41,6 +41,8 @@ def start_sharding(*arguments: Any, **words: Any) -> Accelerator:
             reshard_after_forward=True,
             cpu_ram_efficient_loading=False,
         )
+        if accelerator.mixed_precision != "no":
+            accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
     elif sys.argv[1] in STAGES:
         make_deepspeed(accelerator, STAGES[sys.argv[1]])
     return accelerator

@@ -21,7 +21,10 @@ from peftkit.modeling.parameters import (
 from peftkit.training.optimizers import learning_rate_factor
 from peftkit.training.signals import StopRequest
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate_state"),
+    pytest.mark.xdist_group("exactness"),  # its runs in two processes are made once
+]
 
 
 def begin(base, out, words, processes):

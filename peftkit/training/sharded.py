@@ -7,6 +7,7 @@ unchanged.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,15 @@ def shard_by_blocks(accelerator: Accelerator, model: nn.Module) -> None:
     except MethodError:  # an encoder and a decoder: Accelerate's own list will do
         return
     plugin.transformer_cls_names_to_wrap = [type(blocks[0]).__name__]
+
+
+def reduce_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 sum gradients over processes in float32, as DDP does; Accelerate says 16 bits."""
+    if is_fsdp(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        policy = plugin.mixed_precision_policy
+        if policy is not None:
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
 def is_sharded(model: nn.Module) -> bool:

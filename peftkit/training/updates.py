@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 from peftkit.modeling.parameters import trainable_parameters
 from peftkit.training import zero
 from peftkit.training.config import TrainingConfig
-from peftkit.training.sharded import scalar, shard_by_blocks, shared_out_state, whole
+from peftkit.training.sharded import (
+    reduce_in_float32,
+    scalar,
+    shard_by_blocks,
+    shared_out_state,
+    whole,
+)
 
 
 class Updates(Protocol):
@@ -71,6 +77,7 @@ class AcceleratedUpdates:
         bound: float | None,
     ) -> None:
         shard_by_blocks(accelerator, model)
+        reduce_in_float32(accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self._accelerator, self._bound = accelerator, bound
 
