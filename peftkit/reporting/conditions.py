@@ -158,7 +158,13 @@ def _version(library: str) -> Callable[[Run], Any]:
 
 
 def _key(key: str) -> Callable[[Run], Any]:
-    return lambda run: flat(run.recipe or {}).get(key)
+    def value(run: Run) -> Any:
+        found: Any = run.recipe
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    return value
 
 
 def _used(size: str) -> Callable[[Run], Any]:
