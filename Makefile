@@ -69,8 +69,9 @@ slow: $(DEEPSPEED)
 
 # Apart from the rest: where it is installed Accelerate imports it in every run.
 $(DEEPSPEED): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
 	  deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
+	touch $@
 
 real-data: $(STAMP)
 	@if [ ! -d "$${PEFTKIT_MIRROR:-}" ]; then echo "make real-data needs PEFTKIT_MIRROR to name" \
