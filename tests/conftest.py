@@ -11,6 +11,25 @@ from made_recipe import made_recipe
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+ONE_WORKER = ("test_exactness.py", "test_sharded.py")
+"""Files whose fixtures train for minutes: two workers would each do all of it."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For `--dist loadgroup`, whose own grouping by a mark does nothing under pytest 9.2."""
+    if config.option.dist != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneWorkerForSome(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(ONE_WORKER) else nodeid
+
+    return OneWorkerForSome(config, log)
+
+
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "never", "and", "but"]
 WORDS += ["good", "warm", "great", "bright", "bad", "dull", "awful", "slow"]
 POSITIVE = {"good", "warm", "great", "bright"}

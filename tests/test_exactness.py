@@ -21,10 +21,7 @@ from peftkit.modeling.parameters import (
 from peftkit.training.optimizers import learning_rate_factor
 from peftkit.training.signals import StopRequest
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_accelerate_state"),
-    pytest.mark.xdist_group("exactness"),  # its runs in two processes are made once
-]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 def begin(base, out, words, processes):

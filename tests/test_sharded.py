@@ -13,7 +13,7 @@ from made_recipe import made_recipe
 
 from peftkit.registry import Registry
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded")]  # its fixtures take minutes
+pytestmark = pytest.mark.slow
 
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 """Where `make slow` puts it: were it on the path of all tests, each run would import it."""
