@@ -34,7 +34,8 @@ WAYS = {
 HOW = ["fsdp2", "zero2", "zero3"]
 OURS = 1e-5
 """Largest difference that other orders of summation may make over a run's steps."""
-IN_BF16 = 2e-2
+IN_BF16 = 1e-4
+"""2.5e-5 was seen, and 4.9e-4 where what trains was held in 16 bits."""
 
 
 def write_recipe(folder, name, recipe, method, **training):
