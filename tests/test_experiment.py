@@ -289,6 +289,7 @@ def no_memory_above(monkeypatch, most, model=BertForSequenceClassification):
     monkeypatch.setattr(model, "forward", forward)
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_found_is_in_the_record_beside_the_recipe(recipe, monkeypatch):
     asked = run_experiment(recipe(per_device_train_batch_size=2, gradient_accumulation_steps=4))
     log = (FOLDER / "log.jsonl").read_text()
@@ -575,10 +576,8 @@ def test_checkpoints_outlive_a_failure_to_store(recipe, monkeypatch):
     assert not (FOLDER / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=[] if m == "full" else [pytest.mark.slow]) for m in METHODS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_resumed_run_of_each_method_equals_the_uninterrupted_one(recipe, monkeypatch, method):
     monkeypatch.setattr(CheckpointFolder, "clear", lambda self: None)
     settings = {

@@ -109,6 +109,7 @@ def test_a_signal_reaches_all_runs_at_work_and_starts_no_more(
     assert sorted(starts()[2:]) == ["a-seed0 resume", "a-seed1", "b-seed0 resume", "b-seed1"]
 
 
+@pytest.mark.slow
 def test_a_run_that_outlives_a_killed_comparison_is_not_started_twice(recipes, begin):
     behave(a_seed0="waits")
     comparing = begin("a.yaml", "--seeds", "2")

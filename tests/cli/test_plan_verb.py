@@ -24,6 +24,7 @@ def test_a_plan_says_phases_kinds_and_one_sentence(recipe_file, capsys):
     assert " and fits in 64.0 GiB, with " in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_plan_as_json_has_every_figure(recipe_file, capsys):
     assert main(["plan", recipe_file, "--gpu", "l4", "--length", "32", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)

@@ -117,6 +117,7 @@ def test_a_prediction_that_fails_stops_no_run(recipe, monkeypatch):
     assert (record.status, record.predicted_allocated_bytes) == ("completed", None)
 
 
+@pytest.mark.slow
 def test_a_run_without_memory_is_told_what_would_have_fitted(recipe, monkeypatch):
     needed, real = {}, of_run._training_bytes
 
