@@ -73,10 +73,11 @@ $(DEEPSPEED): $(STAMP)
 	  deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
+real-data: export OMP_NUM_THREADS := 1
 real-data: $(STAMP)
 	@if [ ! -d "$${PEFTKIT_MIRROR:-}" ]; then echo "make real-data needs PEFTKIT_MIRROR to name" \
 	  "a folder with models/ and datasets/; it is '$${PEFTKIT_MIRROR:-}'" >&2; exit 1; fi
-	$(PYTEST) -m real_data
+	$(PYTEST) -m real_data -n 2
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
