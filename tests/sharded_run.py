@@ -53,8 +53,10 @@ def become(accelerator: Accelerator, kind: DistributedType) -> None:
 
 
 def make_deepspeed(accelerator: Accelerator, stage: int) -> None:
+    import deepspeed
     from deepspeed import comm
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled here
     comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     plugin = DeepSpeedPlugin(zero_stage=stage, zero3_init_flag=False)
     plugin.set_mixed_precision(accelerator.mixed_precision)
