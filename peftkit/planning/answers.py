@@ -99,10 +99,11 @@ def largest_batch(setting: Setting, room_bytes: int, *, ask: Predict = predict) 
     def needs(batch: int) -> int:
         return ask(setting.with_batch(batch)).training_bytes
 
-    one, two = needs(1), needs(2)
+    one, own = needs(1), setting.train.examples
     if one > room_bytes:
         return 0
-    fits, guess = 1, _on_line(one, two - one, room_bytes)
+    other = own if own > 1 and needs(own) <= room_bytes else 2
+    fits, guess = 1, _on_line(one, (needs(other) - one) / (other - 1), room_bytes)
     too_large = guess + 1
     # A peak is the highest of several lines, so the first guess may be too large.
     while too_large - fits > max(1, fits // 50):
