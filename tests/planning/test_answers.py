@@ -63,6 +63,30 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert largest_batch(setting(), GIB, ask=ask) == 0
 
 
+@pytest.mark.parametrize("own", [1, 8, 32, 200])
+@pytest.mark.parametrize("room", [3 * GIB, 4 * GIB, 12 * GIB])
+def test_a_bent_line_gives_a_batch_that_fits_and_nearly_the_largest(own, room):
+    """From 20 examples on, another moment is the highest."""
+
+    def bent(wanted):
+        examples = wanted.train.examples
+        peak = Peak(2 * GIB + max(30 * examples, 90 * examples - 1200) * 2**20)
+        return Prediction({"forward": peak}, block_bytes=0)
+
+    def fits(batch):
+        return bent(start.with_batch(batch)).training_bytes <= room
+
+    start = setting().with_batch(own)
+    true = max(batch for batch in range(1, 400) if fits(batch))
+    assert 0.98 * true - 1 <= largest_batch(start, room, ask=bent) <= true
+
+
+def test_on_a_straight_line_the_largest_batch_takes_two_predictions_beside_the_recipes_own():
+    asked = []
+    largest_batch(setting(), 8 * GIB, ask=lambda wanted: asked.append(wanted) or ask(wanted))
+    assert {wanted.train.examples for wanted in asked} == {1, 32, 61}
+
+
 def test_what_fits_is_said_with_what_is_spare():
     found = answers("sst2", setting(), Budget("budget", 8 * GIB), ask=ask)
     assert found.fits
