@@ -64,7 +64,7 @@ def errors(record):
 
 @pytest.mark.parametrize(
     ("method", "recompute"),
-    cases(*((m, False) for m in ("full", "top_layers", "lora", "qlora")), ("lora", True)),
+    cases(*((method, False) for method in METHODS)),
 )
 def test_a_run_needs_what_was_predicted(recipe, method, recompute):
     record = run_experiment(recipe(METHODS[method], gradient_checkpointing=recompute))
@@ -145,7 +145,7 @@ def no_memory(*_):
     raise MemoryError
 
 
-@pytest.mark.parametrize(("method", "recompute"), cases(("full", True), ("lora", False)))
+@pytest.mark.parametrize(("method", "recompute"), cases(("full", True)))
 def test_a_deep_model_is_carried_on_from_two_short_ones(recipe, monkeypatch, method, recompute):
     setting = of_recipe(recipe(METHODS[method], gradient_checkpointing=recompute))
     setting.config.num_hidden_layers = 9
@@ -186,7 +186,7 @@ def test_a_gpus_attention_keeps_no_matrix_of_weights(recipe):
     assert activations(of_recipe(tiny, on_gpu=True)) < 0.8 * activations(of_recipe(tiny))
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_on_a_gpu_only_16_bit_layers_copy_their_input(method, recipe, monkeypatch):
     """PEFT does not where its layer is in 4 bits and autocast is on, on CUDA alone."""
     tiny = of_recipe(recipe(METHODS[method], dropout=0.0), mixed_precision="bf16", on_gpu=True)
@@ -198,6 +198,7 @@ def test_on_a_gpu_only_16_bit_layers_copy_their_input(method, recipe, monkeypatc
     assert (found < activations(tiny)) is (method == "qlora")
 
 
+@pytest.mark.slow
 def test_dropout_keeps_bytes_on_a_gpu(recipe):
     found = {
         (chance, on): activations(of_recipe(recipe(METHODS["full"], dropout=chance), on_gpu=on))
