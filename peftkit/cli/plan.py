@@ -4,7 +4,6 @@ Called by `cli.app`; imports the planning inside the verb.
 """
 
 import gc
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,23 +75,17 @@ def plan(
 def _import_quickly() -> None:
     """Import the libraries in about two thirds of the time.
 
-    Their objects stay, so the garbage collector need not look at them, now or later; and while
-    bitsandbytes is imported, nothing is compiled, or it would load a compiler that no plan uses.
+    Their objects stay, so the garbage collector need not look at them, now or later.
     """
-    switch = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
     gc.disable()
     try:
-        import peft  # noqa: F401  # with bitsandbytes, if there
-
         import peftkit.planning.answers  # noqa: F401
+        from peftkit.modeling.libraries import import_peft
+
+        import_peft()
     finally:
         gc.freeze()
         gc.enable()
-        os.environ.pop(switch)
-        if before is not None:
-            os.environ[switch] = before
 
 
 def _asking(processes: int, sharding: Any) -> "Callable[[Setting], Prediction]":

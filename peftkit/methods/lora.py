@@ -166,6 +166,9 @@ def wrap(model: "PreTrainedModel", settings: dict[str, Any]) -> "nn.Module":
         MethodError: target modules that the model lacks, settings that PEFT refuses, or an
             adapter of which PEFT would not save all that trains.
     """
+    from peftkit.modeling.libraries import import_peft
+
+    import_peft()
     from peft import PeftConfig, get_peft_model
 
     from peftkit.modeling.deltas import adapter_delta

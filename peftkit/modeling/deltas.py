@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from peftkit.contracts import Delta
 from peftkit.errors import MethodError, RegistryError
+from peftkit.modeling.libraries import import_peft
 from peftkit.modeling.parameters import is_new, trainable_parameters
 from peftkit.modeling.patterns import unmatched
 
@@ -124,6 +125,7 @@ def apply_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _apply_adapter(model: PreTrainedModel, delta: Delta) -> nn.Module:
+    import_peft()
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     # In inference mode a prompt is what the file says, not what an encoder makes of it.

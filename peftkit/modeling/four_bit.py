@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from peftkit.contracts import Quantisation
+from peftkit.modeling.libraries import import_peft
 from peftkit.modeling.parameters import head_modules, pooler_modules
 
 
@@ -22,6 +23,7 @@ def four_bit_config(
     Heads, poolers and output embeddings stay out: 4-bit loading would quantise them and then crash.
     What the architecture wants in float32 (`wo` of T5) does, too; transformers adds it as well.
     """
+    import_peft()
     kept = skeleton._keep_in_fp32_modules or []
     output = skeleton.get_output_embeddings()
     others = [output, *pooler_modules(skeleton)]

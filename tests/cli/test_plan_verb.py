@@ -1,14 +1,11 @@
 """The verb `plan`: what a person reads, and wrong words."""
 
-import gc
 import json
-import os
 
 import pytest
 import yaml
 
 from peftkit.cli import main
-from peftkit.cli.plan import _import_quickly
 
 
 @pytest.fixture
@@ -43,14 +40,6 @@ def test_a_folder_with_nothing_but_a_config_is_enough(recipe_file, tiny_base, tm
     (bare / "config.json").write_bytes((tiny_base / "config.json").read_bytes())
     assert main(["plan", recipe_file, f"base.name={bare}"]) == 0
     assert "add --budget 24GiB or --gpu l4" in capsys.readouterr().err
-
-
-def test_importing_quickly_leaves_the_process_as_it_was(monkeypatch):
-    for value in (None, "0"):
-        if value:
-            monkeypatch.setenv("TORCHDYNAMO_DISABLE", value)
-        _import_quickly()
-        assert (gc.isenabled(), os.environ.get("TORCHDYNAMO_DISABLE")) == (True, value)
 
 
 def test_several_processes_share_the_state(recipe_file, capsys):
