@@ -136,6 +136,7 @@ def test_evaluation_counts_each_example_once_whatever_the_batch_and_the_processe
                     assert off <= 1e-6, (key, name, off)
 
 
+@pytest.mark.slow
 def test_an_example_too_many_in_one_batch_would_be_seen(base_of, tmp_path, monkeypatch):
     """The planted fault: each micro-batch is averaged by itself, as a plain Trainer does it."""
     from peftkit.training.loop import Trainer

@@ -246,6 +246,7 @@ def test_two_processes_on_a_cpu_know_of_each_other(recipe, capfd):
     assert err == "a usage problem\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_run_that_was_killed_is_told_with_its_signal(processes, recipe, capfd):
     assert main(["run", recipe, "killed", "--nproc", processes]) == 1

@@ -184,6 +184,7 @@ def test_linear_on_factors_is_no_weighted_sum_and_the_drift_says_so(combined):
     assert stored.info.verification.max_abs_difference == 0
 
 
+@pytest.mark.slow
 def test_an_svd_of_low_rank_says_what_it_holds(registry, combined, merged_weights, base_weights):
     names, weights = ["lora", "rank-3"], [0.5, 0.5]
     stored = combined(names, weights, combine="svd", rank=2)

@@ -100,6 +100,7 @@ def test_without_the_optimizers_state_the_prediction_is_wrong(recipe, monkeypatc
     assert abs(found["train_step"]) > 0.05
 
 
+@pytest.mark.slow
 def test_predicting_changes_nothing_of_the_run(recipe, monkeypatch):
     said = run_experiment(recipe(METHODS["lora"]))
     monkeypatch.setattr(experiment, "foresee", lambda *arguments: None)
@@ -145,7 +146,7 @@ def no_memory(*_):
     raise MemoryError
 
 
-@pytest.mark.parametrize(("method", "recompute"), cases(("full", True)))
+@pytest.mark.parametrize(("method", "recompute"), cases())
 def test_a_deep_model_is_carried_on_from_two_short_ones(recipe, monkeypatch, method, recompute):
     setting = of_recipe(recipe(METHODS[method], gradient_checkpointing=recompute))
     setting.config.num_hidden_layers = 9

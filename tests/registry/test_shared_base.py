@@ -68,6 +68,7 @@ def test_every_kind_of_delta_answers_as_it_does_alone(base_of, shared, alone):
     assert shared.digest() == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_other_precisions_and_bases(base_of, tmp_path, alone, model_type, precision):
