@@ -59,29 +59,31 @@ def run_experiment(recipe: Recipe, *, on_exists: OnExists = "refuse") -> RunReco
         raise RunError(f"registry {default_root()}: {problem}; name another in PEFTKIT_REGISTRY")
     names = recipe.training.report_to if accelerator.is_main_process else []
     with (
+        StopRequest().listening() as stop,
         claimed(recipe.run_folder, recipe, accelerator, on_exists=on_exists),
         closing(Trackers(names, recipe.run_folder, recipe.resolved())) as trackers,
     ):
         meter = MemoryMeter(accelerator.device)
-        return _recorded(RunFacts(recipe, accelerator, meter, trackers), on_exists)
+        return _recorded(RunFacts(recipe, accelerator, meter, trackers), stop, on_exists)
 
 
-def _recorded(facts: RunFacts, on_exists: OnExists) -> RunRecord:
+def _recorded(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> RunRecord:
     """Carry the run out, and leave a record however it ends."""
     try:
-        with StopRequest().listening() as stop:
-            _carry_out(facts, stop, on_exists)
+        _carry_out(facts, stop, on_exists)
     except BaseException as error:  # however it ended, the record comes first
         lost = lost_process(error)
-        _finish(facts, status_of(error), lost or error)
+        with stop.deferred():
+            _finish(facts, status_of(error), lost or error)
         if lost:
             raise lost from error
         if is_out_of_memory(error):
             raise RunError(_out_of_memory_line(facts)) from error
         raise
-    record = _finish(facts, "completed")
-    if facts.accelerator.is_main_process:
-        CheckpointFolder(facts.recipe.run_folder / "checkpoints").clear()
+    with stop.deferred():  # a signal comes too late: nothing is left to stop
+        record = _finish(facts, "completed")
+        if facts.accelerator.is_main_process:
+            CheckpointFolder(facts.recipe.run_folder / "checkpoints").clear()
     return record
 
 

@@ -566,6 +566,47 @@ def test_a_signal_while_the_hub_is_asked_ends_the_run(recipe, tiny_recipe, monke
     assert (record.status, record.stand_in, record.origins.data) == ("interrupted", False, None)
 
 
+@pytest.fixture
+def signal_while_the_record_is_written(monkeypatch):
+    """Each record of this process is written only after SIGTERM has come (once more)."""
+    real = experiment.write_record
+
+    def write(path, record):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(path, record)
+
+    def unheeded(*_):
+        raise AssertionError("the signal came through")
+
+    monkeypatch.setattr(experiment, "write_record", write)
+    before = signal.signal(signal.SIGTERM, unheeded)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("signal_while_the_record_is_written")
+@pytest.mark.parametrize(
+    ("error", "status"), [(Interrupted(signal.SIGTERM), "terminated"), (ValueError(), "failed")]
+)
+def test_a_signal_does_not_cost_a_failed_run_its_record(recipe, monkeypatch, error, status):
+    def die(_):
+        if isinstance(error, Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise error
+
+    monkeypatch.setattr(experiment, "resolve_base", die)
+    with pytest.raises(type(error)):
+        run_experiment(recipe())
+    assert read_record(FOLDER / "record.json").status == status
+
+
+@pytest.mark.usefixtures("signal_while_the_record_is_written")
+def test_a_run_that_is_complete_is_stopped_by_no_signal(recipe):
+    assert run_experiment(recipe(max_steps=1)).status == "completed"
+    assert read_record(FOLDER / "record.json").status == "completed"
+    assert not (FOLDER / "checkpoints").exists()
+
+
 def test_checkpoints_outlive_a_failure_to_store(recipe, monkeypatch):
     real = Registry.save
     monkeypatch.setattr(Registry, "save", no_memory_on_cpu)

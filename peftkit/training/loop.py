@@ -89,6 +89,7 @@ class Trainer:
             with stop.deferred():
                 while self.state.step < self.total_steps and not self._out_of_patience():
                     self._epoch(progress, stop)
+            stop.check()
         finally:
             progress.close()
         if self.state.best_step not in (None, self.state.step):

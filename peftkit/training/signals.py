@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: at once outside the training steps, after a checkpoint inside them.
 
-The experiment opens a `StopRequest` around the whole run; the loop defers it around its steps.
+The experiment opens a `StopRequest` around the whole run and defers it while the record is written;
+the loop defers it around its steps.
 """
 
 import ctypes
@@ -38,7 +39,8 @@ class StopRequest:
         """Take over SIGINT, SIGTERM and SIGHUP, and give them back afterwards. Main thread only.
 
         A launcher that is gone counts as SIGTERM: nobody would wait for the run any more. SIGHUP
-        does too, unless it was ignored (`nohup`).
+        does too, unless it was ignored (`nohup`). A launched process that was stopped keeps them
+        to its end, which an echo would cut short.
         """
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -48,25 +50,21 @@ class StopRequest:
             with _end_with_the_launcher():
                 yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            if self.number is None or not _is_launched():
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note a signal; the loop looks at `number` between steps.
-
-        Raises:
-            Interrupted: on leaving, if a signal came that the loop did not see any more.
-        """
+        """Only note a signal, for whoever looks at `number` or calls `check`."""
         self._deferring = True
         try:
             yield
         finally:
             self._deferring = False
-        self.check()
 
     def check(self) -> None:
-        """Stop if a signal came and whoever was at work swallowed it.
+        """Stop if a signal came that was deferred, or swallowed by whoever was at work.
 
         Raises:
             Interrupted: it did.
@@ -106,10 +104,14 @@ def mind_the_parent_only(_worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _is_launched() -> bool:
+    return any(name in os.environ for name in _LAUNCHED)
+
+
 @contextmanager
 def _end_with_the_launcher() -> Iterator[None]:
     """Have the kernel send SIGTERM if the launcher dies: that of one process passes nothing on."""
-    linux = sys.platform == "linux" and any(name in os.environ for name in _LAUNCHED)
+    linux = sys.platform == "linux" and _is_launched()
     if linux:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:

@@ -286,6 +286,20 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(make_trainer, monkeypat
     assert trainer.checkpoints.newest().state["step"] == 3
 
 
+def test_a_signal_after_the_last_step_is_not_forgotten(make_trainer, monkeypatch):
+    trainer, stop = make_trainer(), StopRequest()
+
+    def asked_last():
+        if trainer.state.step == trainer.total_steps:
+            stop._receive(signal.SIGTERM, None)
+        return False
+
+    monkeypatch.setattr(trainer, "_out_of_patience", asked_last)
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
+        trainer.fit(stop)
+    assert trainer.checkpoints.newest().state["step"] == trainer.total_steps
+
+
 # The best checkpoint
 
 NAN = math.nan

@@ -89,6 +89,7 @@ def test_a_signal_that_comes_twice_at_the_same_time_is_one_request(monkeypatch):
             later(monkeypatch, signals.ECHO_SECONDS - 0.5)
             send(signal.SIGINT)
             reached.append(stop.number)
+        stop.check()
 
     with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
         listen(body)
@@ -105,6 +106,7 @@ def test_the_end_of_the_launcher_does_not_hurry_a_run_that_is_stopping(monkeypat
             monkeypatch.setattr(os, "getppid", lambda: 1)
             send(signal.SIGTERM)
             reached.append(stop.number)
+        stop.check()
 
     with pytest.raises(Interrupted):
         listen(body)
@@ -149,13 +151,35 @@ def test_a_launcher_that_dies_takes_the_run_with_it():
     assert launcher.communicate(timeout=60)[1] == "stopped by SIGTERM"
 
 
-def test_a_signal_that_the_loop_no_longer_saw_is_not_lost():
+ENDING = """
+import os, signal, sys
+from peftkit.errors import Interrupted
+from peftkit.training.signals import StopRequest
+try:
+    with StopRequest().listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+except Interrupted as stopped:
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.stderr.write(str(stopped))
+    sys.exit(3)
+"""
+
+
+def test_a_launched_run_that_was_stopped_comes_to_its_end_undisturbed():
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"}
+    command = [sys.executable, "-c", ENDING]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (3, "stopped by SIGTERM")
+
+
+def test_a_deferred_signal_is_found_by_looking():
     reached = []
 
     def body(stop):
         with stop.deferred():
             send(signal.SIGTERM)
             reached.append("in training")
+        stop.check()
         reached.append("after training")
 
     with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
