@@ -20,12 +20,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(argv: list[str]) -> int:
     """Run the recipe; 0 only if the run completed."""
+    from peftkit.importing import undisturbed_imports
     from peftkit.recipe import load_recipe
     from peftkit.reporting.summary import summary_lines
 
     arguments = parse(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from peftkit.experiment import run_experiment  # slow to load: a bad recipe does not wait for it
+    with undisturbed_imports():  # slow to load: a bad recipe does not wait for it
+        from peftkit.experiment import run_experiment
 
     record = run_experiment(recipe, on_exists=arguments.on_exists or "refuse")
     if os.environ.get("RANK", "0") == "0":

@@ -15,6 +15,7 @@ from types import FrameType
 
 from peftkit.cli.launch import EXIT_FILE
 from peftkit.errors import SIGNALLED
+from peftkit.importing import undisturbed_imports
 
 STOPPED = -signal.SIGTERM
 """How a process ends that the launcher stops because another one has ended."""
@@ -23,9 +24,10 @@ STOPPED = -signal.SIGTERM
 def main() -> int:
     """Launch by `sys.argv`; return 1 if the run or the launcher fails, 128 + n after signal n."""
     try:
-        from accelerate.commands.launch import main as accelerate_launch
-        from torch.distributed.elastic.multiprocessing import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        with undisturbed_imports():
+            from accelerate.commands.launch import main as accelerate_launch
+            from torch.distributed.elastic.multiprocessing import SignalException
+            from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         _silence()
         _pass_signals_on()

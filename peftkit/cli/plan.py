@@ -3,7 +3,6 @@
 Called by `cli.app`; imports the planning inside the verb.
 """
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from peftkit.cli.output import JsonFlag, note, print_json, print_table
 from peftkit.errors import UsageError
+from peftkit.importing import undisturbed_imports
 
 if TYPE_CHECKING:
     from peftkit.planning.answers import Answers
@@ -56,8 +56,11 @@ def plan(
     _check("--mixed-precision", mixed_precision, PRECISIONS)
     _check("--sharding", sharding, SHARDINGS)
     recipes = _recipes(words)
-    _import_quickly()
-    from peftkit.planning.answers import answers
+    with undisturbed_imports():
+        from peftkit.modeling.libraries import import_peft
+        from peftkit.planning.answers import answers
+
+        import_peft()
 
     settings = [_setting(r, length, mixed_precision, on_gpu=gpu is not None) for r in recipes]
     shown = []
@@ -70,22 +73,6 @@ def plan(
             _print(name, setting, found, said)
     if as_json:
         print_json(shown)
-
-
-def _import_quickly() -> None:
-    """Import the libraries in about two thirds of the time.
-
-    Their objects stay, so the garbage collector need not look at them, now or later.
-    """
-    gc.disable()
-    try:
-        import peftkit.planning.answers  # noqa: F401
-        from peftkit.modeling.libraries import import_peft
-
-        import_peft()
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _asking(processes: int, sharding: Any) -> "Callable[[Setting], Prediction]":
