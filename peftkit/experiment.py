@@ -99,7 +99,8 @@ def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
     _say(accelerator, f"base: {recipe.base.name}, from {base.origin}", *_data_lines(data))
 
     spec, options = _model_spec(facts, task, data), method.load_options()
-    facts.predicted = foresee(recipe, data, spec, accelerator)
+    if accelerator.is_main_process:
+        facts.predicted = foresee(recipe, data, spec, accelerator)
     set_seed(recipe.seed)
     with facts.timed("load"), meter.phase("load"):
         model = load_model(base.path, spec, options, to_be_sharded=is_fsdp(accelerator))
