@@ -17,7 +17,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # From the bottom up; rooms in one line are peers. A room imports itself and lower lines only.
 ORDER = (
     ("__init__",),
-    ("errors",),
+    ("errors", "importing"),
     ("schema", "nested"),
     ("staging",),
     ("yaml_source",),
