@@ -64,6 +64,18 @@ class SharedError(RunError):
     everywhere = True
 
 
+class ResumeError(SharedError):
+    """A run that cannot be taken up; the record that its folder holds stays."""
+
+
+class PeerError(RunError):
+    """Another process of the run failed, and says so itself; `status` is the record's."""
+
+    def __init__(self, status: str, problems: str | Iterable[str]) -> None:
+        self.status = status
+        super().__init__(problems)
+
+
 class NonFiniteError(SharedError):
     """NaN or Inf in a loss or a gradient; names the optimizer step and the examples."""
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from peftkit import plugins
 from peftkit.contracts import Delta, Method, Task, TaskData
-from peftkit.errors import RegistryError, RunError
+from peftkit.errors import Interrupted, PeerError, RegistryError, ResumeError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
@@ -24,15 +24,16 @@ from peftkit.registry import DeltaInfo, Registry, default_root, root_problem
 from peftkit.registry.names import check_name
 from peftkit.reporting.predictions import write_predictions
 from peftkit.reporting.record import RunRecord, Status, write_record
-from peftkit.run_facts import RunFacts, lost_process, status_of
+from peftkit.run_facts import RunFacts, lost_process, status_of, worded
 from peftkit.run_folder import OnExists, claimed, note_recipe
 from peftkit.training.batch_size import is_out_of_memory
 from peftkit.training.checkpoints import CheckpointFolder
 from peftkit.training.evaluation import Evaluation
 from peftkit.training.loop import Trainer
+from peftkit.training.peers import leave_word, word
 from peftkit.training.sharded import is_fsdp, make_whole
 from peftkit.training.signals import StopRequest
-from peftkit.training.start import place, start_accelerator
+from peftkit.training.start import place, refuse_unlike, start_accelerator
 from peftkit.training.state import Job
 from peftkit.training.trackers import Trackers, refuse_missing
 
@@ -71,20 +72,37 @@ def _recorded(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> RunRec
     """Carry the run out, and leave a record however it ends."""
     try:
         _carry_out(facts, stop, on_exists)
+    except ResumeError:
+        raise
     except BaseException as error:  # however it ended, the record comes first
-        lost = lost_process(error)
-        with stop.deferred():
-            _finish(facts, status_of(error), lost or error)
-        if lost:
-            raise lost from error
+        stop.is_over = True
+        reason = _reason(error, stop, is_main=facts.accelerator.is_main_process)
+        _finish(facts, status_of(reason), reason)
         if is_out_of_memory(error):
             raise RunError(_out_of_memory_line(facts)) from error
+        if reason is not error:
+            raise reason from error
         raise
-    with stop.deferred():  # a signal comes too late: nothing is left to stop
-        record = _finish(facts, "completed")
-        if facts.accelerator.is_main_process:
-            CheckpointFolder(facts.recipe.run_folder / "checkpoints").clear()
+    record = _finish(facts, "completed")
+    if facts.accelerator.is_main_process:
+        CheckpointFolder(facts.recipe.run_folder / "checkpoints").clear()
     return record
+
+
+def _reason(error: BaseException, stop: StopRequest, *, is_main: bool) -> BaseException:
+    """What ended the run: `error`, or what it is in the first process if another one failed.
+
+    There that is a lost connection, or the signal of a launcher that stops all of them.
+    """
+    lost = lost_process(error)
+    is_own = lost is None and not isinstance(error, Interrupted)
+    if is_own and not is_main:
+        leave_word(status_of(error), worded(error))
+    if is_own:
+        return error
+    if is_main and (left := word()):
+        return PeerError(*left)
+    return Interrupted(stop.number) if lost and stop.number else lost or error
 
 
 def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
@@ -99,6 +117,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
     _say(accelerator, f"base: {recipe.base.name}, from {base.origin}", *_data_lines(data))
 
     spec, options = _model_spec(facts, task, data), method.load_options()
+    refuse_unlike(accelerator, facts.conditions())
     if accelerator.is_main_process:
         facts.predicted = foresee(recipe, data, spec, accelerator)
     set_seed(recipe.seed)
@@ -138,6 +157,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
     scored = facts.validation = trainer.evaluator.evaluate(trainer.model, task, data.validation)
     _track(facts, scored)
     stop.check()
+    stop.is_over = True  # what is left is little, and half of it would be done twice
     make_whole(trainer.model)
     if accelerator.is_main_process:
         write_predictions(folder / PREDICTIONS, scored.columns)
@@ -189,11 +209,13 @@ def _finish(facts: RunFacts, status: Status, error: BaseException | None = None)
     """Make the record, and write it from the main process; `error` is worth more than a record."""
     record = facts.record(status, error)
     if facts.accelerator.is_main_process:
+        path = facts.recipe.run_folder / "record.json"
         try:
-            write_record(facts.recipe.run_folder / "record.json", record)
+            write_record(path, record)
         except OSError as full:
             if error is None:
-                raise
+                done = f"the delta is stored as {record.delta}"
+                raise RunError(f"{path}: cannot be written: {full.strerror}; {done}") from full
             _say(facts.accelerator, f"the record cannot be written either: {full.strerror}")
     return record
 

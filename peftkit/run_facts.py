@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 
 from peftkit.contracts import Delta, LoadOptions, TaskData
 from peftkit.data.sources import Located
-from peftkit.errors import Interrupted, NonFiniteError, PeftkitError, RunError
+from peftkit.errors import Interrupted, NonFiniteError, PeerError, PeftkitError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.config import described
 from peftkit.modeling.identity import base_digest, tokenizer_digest
@@ -223,8 +223,8 @@ class RunFacts:
 
 def status_of(error: BaseException) -> Status:
     """The record's word for how a run ended."""
-    if isinstance(error, Interrupted):
-        return "interrupted" if error.status == "interrupted" else "terminated"
+    if isinstance(error, Interrupted | PeerError):
+        return cast(Status, error.status)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, NonFiniteError):

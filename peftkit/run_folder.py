@@ -17,7 +17,7 @@ from peftkit.nested import differences
 from peftkit.recipe import Recipe, resolved_yaml
 from peftkit.reporting.gathering import LAUNCH_FILE
 from peftkit.reporting.record import read_record
-from peftkit.staging import write_file
+from peftkit.staging import STAGING_PREFIX, write_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,7 +69,7 @@ def _claim(folder: Path, recipe: str, on_exists: OnExists, held: ExitStack) -> s
         if descriptor is None:
             return f"{folder}: another run is at work in this folder; wait until it has ended"
         held.callback(os.close, descriptor)
-        if any(folder.iterdir()):
+        if any(not entry.name.startswith(STAGING_PREFIX) for entry in folder.iterdir()):
             if on_exists == "refuse":
                 return f"{folder}: the run's folder exists; add --overwrite or --resume"
             if on_exists == "resume":

@@ -533,6 +533,7 @@ def test_a_run_is_not_resumed_on_another_base_or_other_data(recipe, tiny_recipe,
     with pytest.raises(Crash):
         run_experiment(recipe())
     mend()
+    record = (FOLDER / "record.json").read_bytes()
     base, data = Path(tiny_recipe["base"]["name"]), Path(tiny_recipe["task"]["dataset"])
     tensors = load_file(base / "model.safetensors")
     before = {"weights": (base / "model.safetensors").read_bytes()}
@@ -546,6 +547,7 @@ def test_a_run_is_not_resumed_on_another_base_or_other_data(recipe, tiny_recipe,
     finally:
         (base / "model.safetensors").write_bytes(before["weights"])
         (data / "train.jsonl").write_bytes(before["rows"])
+    assert (FOLDER / "record.json").read_bytes() == record
     *found, _advice = raised.value.problems
     named = ("base", "holdout data", "train data")
     expected = [f'--resume: {name}: then "sha256:' for name in named]
@@ -572,7 +574,11 @@ def signal_while_the_record_is_written(monkeypatch):
     real = experiment.write_record
 
     def write(path, record):
-        os.kill(os.getpid(), signal.SIGTERM)
+        now = time.monotonic()
+        for late in (0, 10):
+            with monkeypatch.context() as patched:
+                patched.setattr(time, "monotonic", lambda at=now + late: at)
+                os.kill(os.getpid(), signal.SIGTERM)
         real(path, record)
 
     def unheeded(*_):

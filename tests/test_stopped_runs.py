@@ -151,6 +151,19 @@ def test_a_stopped_run_saves_says_so_and_goes_on(begin, name):
     assert (done.status, done.resumed_after_step) == ("completed", record.optimizer_steps)
 
 
+def test_a_launcher_that_is_killed_early_takes_the_run_with_it(begin):
+    process = begin(Way(PEFTKIT, signal.SIGKILL, "process", 1))
+    await_true(lambda: len(tree(process)) > 2, process)  # peftkit, the launcher, the run
+    _, launcher, run = tree(process)
+    time.sleep(0.5)  # it imports its libraries
+    launcher.kill()
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1, err
+    psutil.wait_procs([run], timeout=60)
+    assert not run.is_running()
+    assert not FOLDER.exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(TERM, 143), (INT, 130)])
 def test_a_run_that_is_stopped_before_it_has_begun_has_the_signals_code(begin, number, code):
     way = Way(PEFTKIT, number, "group", code)

@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from peftkit.errors import SIGNALLED, Interrupted, PeftkitError, SharedError
+from peftkit.errors import SIGNALLED, Interrupted, PeerError, PeftkitError, SharedError
 
 MAX_SURPRISE_CHARACTERS = 500
 SPEAKER_SECONDS = 20.0
-"""How long a process that leaves the word to another one waits for it."""
+"""How long a process that leaves the word to the first one waits for it."""
 
 _CODES = (0, 1, 2, SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM)
 
@@ -40,7 +40,8 @@ def exit_code_of(action: Callable[[], object], *, debug: bool) -> int:
         _let_the_first_speak(error)
         return _tell(_lines(error), code=_allowed(error.exit_code), debug=debug)
     except Exception as error:  # a bug, or a library's own class: one line all the same
-        return _tell([_surprise(error, debug=debug)], code=1, debug=debug)
+        _let_the_first_speak(error)
+        return _tell(_by_rank([_surprise(error, debug=debug)]), code=1, debug=debug)
 
 
 def _open_missing_streams() -> None:
@@ -66,29 +67,38 @@ def _allowed(code: object) -> int:
 
 
 def _lines(error: PeftkitError | Interrupted) -> list[str]:
-    """The problems; on a further rank without what another one says as well."""
+    """The problems, unless another process says them."""
+    return [] if _is_said_by_another(error) else _by_rank(error.problems)
+
+
+def _by_rank(lines: list[str]) -> list[str]:
+    """On a further rank each line says so."""
     rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        return error.problems
-    if _is_said_by_another(error):
-        return []
-    return [f"rank {rank}: {problem}" for problem in error.problems]
+    return [f"rank {rank}: {line}" for line in lines] if rank else lines
 
 
 def _is_said_by_another(error: PeftkitError | Interrupted) -> bool:
     """Whether the first process, or the first of this machine, finds the same and says it."""
     if isinstance(error, SharedError):
         return os.environ.get("LOCAL_RANK", "0") != "0"
-    return bool(error.everywhere) and os.environ.get("RANK", "0") != "0"
+    if isinstance(error, PeerError):
+        return True
+    is_shared = isinstance(error, Interrupted) or error.everywhere
+    return is_shared and os.environ.get("RANK", "0") != "0"
 
 
-def _let_the_first_speak(error: PeftkitError | Interrupted) -> None:
-    """Launchers stop every process as soon as one ends, which must not be a silent one.
+def _let_the_first_speak(error: BaseException) -> None:
+    """Wait, on a further rank, until the launcher ends this process because the first has ended.
 
-    Of a signal they know, and end when all have ended.
+    Most of what one process meets the first one meets as well, a little later perhaps, and
+    launchers stop every process as soon as one ends. Of a signal they know.
     """
-    if _is_said_by_another(error) and not isinstance(error, Interrupted):
-        time.sleep(SPEAKER_SECONDS)
+    first_of_machine = isinstance(error, SharedError) and os.environ.get("LOCAL_RANK", "0") == "0"
+    if os.environ.get("RANK", "0") == "0" or first_of_machine or isinstance(error, Interrupted):
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # a run that is over does not heed them otherwise
+    time.sleep(SPEAKER_SECONDS)
 
 
 def _surprise(error: Exception, *, debug: bool) -> str:

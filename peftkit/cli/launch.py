@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -19,6 +19,7 @@ import yaml
 import peftkit
 from peftkit.cli.failures import exit_code_of
 from peftkit.errors import SIGNALLED, Interrupted, RunError, UsageError
+from peftkit.training.signals import end_with_the_launcher
 
 SCRIPT = Path(peftkit.__file__).with_name("run.py")
 EXIT_FILE = "PEFTKIT_EXIT_FILE"
@@ -245,10 +246,12 @@ def _workers(launcher: int) -> list[int]:
 
 def run_and_leave_exit_code(run: Callable[[list[str]], int]) -> int:
     """Inside the run: carry out `sys.argv` and leave the exit code where `launch` looks for it."""
+    end_with_the_launcher()
     code = exit_code_of(lambda: run(sys.argv[1:]), debug="--debug" in sys.argv)
     exit_file = os.environ.get(EXIT_FILE)
     if exit_file and os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(exit_file).write_text(str(code))
+        with suppress(FileNotFoundError):  # whoever made its folder was killed
+            Path(exit_file).write_text(str(code))
     return code
 
 

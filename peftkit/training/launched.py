@@ -17,7 +17,20 @@ from peftkit.training.config import TrainingConfig
 
 PRECISIONS = ("no", "bf16", "fp16")
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "peftkit")
+LIBRARIES = (
+    "python",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "peftkit",
+)
 """Those of which all processes need one version."""
 
 Strategy = Literal["FSDP", "DEEPSPEED"]
@@ -84,10 +97,11 @@ def _absent_hardware(asked: Asked) -> str | None:
             "none; for processes on the CPU set ACCELERATE_USE_CPU=true, as "
             "accelerate_configs/cpu_ddp.yaml says"
         )
-    if asked.precision == _launched_precision() == "bf16":
+    launched = _launched_precision()
+    if launched == "bf16" or (launched == "fp16" and asked.precision != "fp16"):
         return (
-            "launch: mixed precision bf16 was launched without naming the CPU, and this machine "
-            "has no GPU; add --cpu, or set ACCELERATE_USE_CPU=true, if the CPU is meant"
+            f"launch: mixed precision {launched} was launched without naming the CPU, and this "
+            "machine has no GPU; add --cpu, or set ACCELERATE_USE_CPU=true, if the CPU is meant"
         )
     return None
 

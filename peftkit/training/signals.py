@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: at once outside the training steps, after a checkpoint inside them.
 
-The experiment opens a `StopRequest` around the whole run and defers it while the record is written;
-the loop defers it around its steps.
+The experiment opens a `StopRequest` around the whole run and ends it when the run's end is decided;
+the loop defers it around its steps. What `run.py` starts ends with its launcher.
 """
 
 import ctypes
@@ -26,10 +26,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Remembers the first signal; a second one stops at once, deferred or not."""
+    """Remembers the first signal; a second one stops at once, deferred or not.
+
+    Once `is_over` is set no signal is heeded any more: how the run ends is decided, and its record
+    comes first. It is set as an attribute, as a call would first let in a signal that waits.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.is_over = False
         self._deferring = False
         self._first = 0.0
         self._parent = os.getppid()
@@ -39,18 +44,17 @@ class StopRequest:
         """Take over SIGINT, SIGTERM and SIGHUP, and give them back afterwards. Main thread only.
 
         A launcher that is gone counts as SIGTERM: nobody would wait for the run any more. SIGHUP
-        does too, unless it was ignored (`nohup`). A launched process that was stopped keeps them
-        to its end, which an echo would cut short.
+        does too, unless it was ignored (`nohup`). A launched process whose run is over keeps
+        them to its end, so that it can say how that was.
         """
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, self._receive) for number in numbers}
         try:
-            with _end_with_the_launcher():
-                yield self
+            yield self
         finally:
-            if self.number is None or not _is_launched():
+            if not (self.is_over and _is_launched()):
                 for number, handler in previous.items():
                     signal.signal(number, handler)
 
@@ -73,7 +77,7 @@ class StopRequest:
             raise Interrupted(self.number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.number is not None and self._is_echo():
+        if self.is_over or (self.number is not None and self._is_echo()):
             return
         again = self.number is not None
         self.number = signal.SIGTERM if number == signal.SIGHUP else number
@@ -94,6 +98,7 @@ def mind_the_parent_only(_worker: int) -> None:
     numbers, parent = (signal.SIGINT, signal.SIGTERM), os.getppid()
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
+    _when_the_parent_dies(signal.SIGKILL)  # or it would keep the folder of the run locked
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
     def wait() -> None:
@@ -108,14 +113,15 @@ def _is_launched() -> bool:
     return any(name in os.environ for name in _LAUNCHED)
 
 
-@contextmanager
-def _end_with_the_launcher() -> Iterator[None]:
-    """Have the kernel send SIGTERM if the launcher dies: that of one process passes nothing on."""
-    linux = sys.platform == "linux" and _is_launched()
-    if linux:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if linux:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+def end_with_the_launcher() -> None:
+    """Have the kernel send SIGTERM if the launcher dies: that of one process passes nothing on.
+
+    Does nothing in a process that was not launched, and outside Linux.
+    """
+    if _is_launched():
+        _when_the_parent_dies(signal.SIGTERM)
+
+
+def _when_the_parent_dies(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

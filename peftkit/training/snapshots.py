@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from peftkit.errors import RunError, SharedError
+from peftkit.errors import ResumeError, RunError, SharedError
 from peftkit.nested import differences
 from peftkit.training import rng
 from peftkit.training.checkpoints import (
@@ -69,7 +69,7 @@ class Snapshots:
         """
         found = self._newest(with_best=False)
         if found is None:
-            raise SharedError(f"{self.folder.folder}: --resume-weights-only finds no checkpoint")
+            raise ResumeError(f"{self.folder.folder}: --resume-weights-only finds no checkpoint")
         restore_trained(self.model, found.trained)
         self._drop_after(found.state["step"])
         step = found.state["step"] or found.state["weights_from_step"]
@@ -99,11 +99,30 @@ class Snapshots:
         return TrainState(**{**facts, "resumed_after": facts["step"] or None})
 
     def _newest(self, *, with_best: bool) -> Checkpoint | None:
-        """The checkpoint to go on from; each process reads it, and one of them warns."""
+        """The checkpoint to go on from; each process reads it, and one of them warns.
+
+        Raises:
+            ResumeError: no checkpoint is whole, or not every process finds the same.
+        """
+        found, problem = None, None
         with warnings.catch_warnings():
             if not self.accelerator.is_main_process:
                 warnings.simplefilter("ignore")
-            return self.folder.newest(with_best=with_best)
+            try:
+                found = self.folder.newest(with_best=with_best)
+            except RunError as error:
+                problem = str(error)
+        own = problem or (f"step {found.state['step']}" if found else "none")
+        everyone = gather_object([own])
+        if len(set(everyone)) > 1:
+            listed = "; ".join(f"rank {rank}: {one}" for rank, one in enumerate(everyone))
+            raise ResumeError(
+                f"{self.folder.folder}: the processes do not find the same checkpoint: {listed}; "
+                "it must be one folder that all of them see"
+            )
+        if problem:
+            raise ResumeError(problem)
+        return found
 
     def _drop_after(self, step: int) -> None:
         self.accelerator.wait_for_everyone()  # nobody is still reading
@@ -118,20 +137,20 @@ class Snapshots:
         problems = [f"--resume: {line}" for line in differences(then, now)]
         if problems:
             advice = "--resume-weights-only begins anew with its weights, --overwrite without them"
-            raise SharedError([*problems, f"{self.folder.folder}: {advice}"])
+            raise ResumeError([*problems, f"{self.folder.folder}: {advice}"])
 
 
 def by_main(accelerator: Accelerator, write: Callable[[], None]) -> None:
     """Let the main process write; every process learns how it went.
 
     Raises:
-        SharedError: what `write` raised as a RunError.
+        SharedError: what `write` raised as a RunError or OSError.
     """
     problem: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
             write()
-        except RunError as error:
+        except (RunError, OSError) as error:
             problem[0] = str(error)
     broadcast_object_list(problem)
     if problem[0]:

@@ -4,9 +4,12 @@ Called by the experiment before anything is loaded; what can be wrong is in `lau
 """
 
 import os
+import platform
 import socket
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -58,6 +61,31 @@ def start_accelerator(config: TrainingConfig, *, quantised: bool = False) -> Acc
     return accelerator
 
 
+def refuse_unlike(accelerator: Accelerator, conditions: Mapping[str, Any]) -> None:
+    """See that every process has the same recipe, base and data.
+
+    Args:
+        accelerator: That of the run.
+        conditions: By name, what must be alike, as JSON types.
+
+    Raises:
+        SharedError: a process has something else than the first; nothing would notice it later.
+    """
+    everyone = gather_object([dict(conditions)])
+    unlike: dict[str, list[str]] = {}
+    for rank, other in enumerate(everyone):
+        for name in conditions:
+            if other.get(name) != everyone[0].get(name):
+                unlike.setdefault(name, []).append(str(rank))
+    _refuse(
+        [
+            f"launch: {name} is not the same on rank 0 and on rank {', '.join(ranks)}; every "
+            "machine needs the same files"
+            for name, ranks in unlike.items()
+        ]
+    )
+
+
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise SharedError(problems)
@@ -90,6 +118,8 @@ def _machines(accelerator: Accelerator) -> int:
 
 
 def _version(name: str) -> str:
+    if name == "python":
+        return platform.python_version()
     try:
         return version(name)
     except PackageNotFoundError:  # run from a folder of sources

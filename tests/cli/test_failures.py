@@ -6,7 +6,16 @@ import pytest
 
 from peftkit.cli import failures
 from peftkit.cli.failures import exit_code_of
-from peftkit.errors import DataError, Interrupted, PeftkitError, RecipeError, SharedError
+from peftkit.errors import (
+    DataError,
+    Interrupted,
+    PeerError,
+    PeftkitError,
+    RecipeError,
+    SharedError,
+)
+
+UNEXPECTED = "(unexpected; rerun with --debug for the traceback)"
 
 
 def raiser(error):
@@ -70,14 +79,17 @@ FIRST_OF_SECOND_MACHINE = {"RANK": "8", "LOCAL_RANK": "0"}
 @pytest.mark.parametrize(
     ("error", "ranks", "said", "waits"),
     [
-        (PeftkitError(["a", "b"]), SECOND, "rank 1: a\nrank 1: b\n", False),
+        (PeftkitError(["a", "b"]), SECOND, "rank 1: a\nrank 1: b\n", True),
+        (PeftkitError(["a", "b"]), FIRST, "a\nb\n", False),
+        (KeyError("odd"), SECOND, f"rank 1: KeyError: 'odd' {UNEXPECTED}\n", True),
+        (PeerError("failed", "rank 1: no memory"), FIRST, "", False),
         (RecipeError("every rank sees it"), FIRST, "every rank sees it\n", False),
         (RecipeError("every rank sees it"), SECOND, "", True),
         (RecipeError("every rank sees it"), FIRST_OF_SECOND_MACHINE, "", True),
         (SharedError("no GPU"), FIRST, "no GPU\n", False),
         (SharedError("no GPU"), SECOND, "", True),
         (Interrupted(signal.SIGTERM, saved_step=4), SECOND, "", False),
-        (Interrupted(signal.SIGTERM), SECOND, "rank 1: stopped by SIGTERM\n", False),
+        (Interrupted(signal.SIGTERM), SECOND, "", False),
         (SharedError("no GPU"), FIRST_OF_SECOND_MACHINE, "rank 8: no GPU\n", False),
     ],
 )
@@ -86,6 +98,7 @@ def test_what_every_process_finds_is_said_once(error, ranks, said, waits, monkey
         monkeypatch.setenv(name, value)
     waited = []
     monkeypatch.setattr(failures.time, "sleep", waited.append)
+    monkeypatch.setattr(failures.signal, "signal", lambda *_: None)
     exit_code_of(raiser(error), debug=False)
     assert capsys.readouterr().err == said
     assert waited == [failures.SPEAKER_SECONDS] * waits

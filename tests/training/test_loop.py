@@ -5,13 +5,15 @@ import json
 import math
 import os
 import signal
+import warnings
 
 import pytest
 import torch
 from torch.nn import functional
 
 from peftkit.data.batching import plan_epoch
-from peftkit.errors import Interrupted, NonFiniteError, RunError, SharedError
+from peftkit.errors import Interrupted, NonFiniteError, ResumeError, RunError, SharedError
+from peftkit.training import snapshots
 from peftkit.training.non_finite import worded
 from peftkit.training.signals import StopRequest
 
@@ -438,6 +440,26 @@ def test_resume_with_another_number_of_processes_is_refused(make_trainer, monkey
     with pytest.raises(RunError) as raised:
         trainer.fit(StopRequest(), resume=True)
     assert raised.value.problems == ["--resume: processes: then 1, now 2", advice(trainer)]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_processes_that_find_other_checkpoints_do_not_go_on(make_trainer, monkeypatch, damaged):
+    trainer = make_trainer(num_train_epochs=1.0)
+    trainer.fit(StopRequest())
+    folder = trainer.checkpoints.folder
+    if damaged:
+        for file in folder.glob("step-*/state.json"):
+            file.write_text("{")
+    monkeypatch.setattr(snapshots, "gather_object", lambda own: [*own, "none"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ResumeError) as raised:
+            make_trainer(num_train_epochs=1.0).fit(StopRequest(), resume=True)
+    own = f"{folder}: no checkpoint is whole; start again with --overwrite" if damaged else "step 7"
+    assert raised.value.problems == [
+        f"{folder}: the processes do not find the same checkpoint: rank 0: {own}; rank 1: none; "
+        "it must be one folder that all of them see"
+    ]
 
 
 def test_resume_under_other_conditions_is_refused_with_each_of_them(make_trainer):

@@ -131,7 +131,8 @@ child.wait()
 CHILD = """
 import sys, time
 from peftkit.errors import Interrupted
-from peftkit.training.signals import StopRequest
+from peftkit.training.signals import StopRequest, end_with_the_launcher
+end_with_the_launcher()
 try:
     with StopRequest().listening():
         print(flush=True)
@@ -156,8 +157,11 @@ import os, signal, sys
 from peftkit.errors import Interrupted
 from peftkit.training.signals import StopRequest
 try:
-    with StopRequest().listening():
-        os.kill(os.getpid(), signal.SIGTERM)
+    with StopRequest().listening() as stop:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            stop.is_over = True
 except Interrupted as stopped:
     os.kill(os.getpid(), signal.SIGTERM)
     sys.stderr.write(str(stopped))
@@ -165,7 +169,7 @@ except Interrupted as stopped:
 """
 
 
-def test_a_launched_run_that_was_stopped_comes_to_its_end_undisturbed():
+def test_a_launched_run_that_is_over_comes_to_its_end_undisturbed():
     environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"}
     command = [sys.executable, "-c", ENDING]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -195,6 +199,22 @@ def test_an_error_in_training_is_not_covered_up_by_a_noted_signal():
 
     with pytest.raises(ZeroDivisionError):
         listen(body)
+
+
+def test_a_run_that_is_over_heeds_no_signal_however_late(monkeypatch):
+    reached = []
+
+    def body(stop):
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
+        stop.is_over = True
+        for seconds in (0, signals.ECHO_SECONDS + 1):
+            later(monkeypatch, seconds)
+            send(signal.SIGINT)
+            reached.append(seconds)
+
+    listen(body)
+    assert len(reached) == 2
 
 
 def test_handlers_are_given_back():

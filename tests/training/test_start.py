@@ -9,7 +9,13 @@ import torch
 from peftkit.errors import SharedError
 from peftkit.training import start
 from peftkit.training.config import TrainingConfig
-from peftkit.training.launched import fit_problems, launch_problems, read_launch, version_problems
+from peftkit.training.launched import (
+    LIBRARIES,
+    fit_problems,
+    launch_problems,
+    read_launch,
+    version_problems,
+)
 from peftkit.training.start import start_accelerator
 
 LAUNCH_VARIABLES = (
@@ -128,6 +134,17 @@ NEEDS_GPUS = (
             {},
             FP16_ON_CPU,
         ),
+        *(
+            (
+                0,
+                {"ACCELERATE_MIXED_PRECISION": launched},
+                {"mixed_precision": "no"},
+                f"launch: mixed precision {launched} was launched without naming the CPU, and this "
+                "machine has no GPU; add --cpu, or set ACCELERATE_USE_CPU=true, if the CPU is "
+                "meant",
+            )
+            for launched in ("bf16", "fp16")
+        ),
         (
             0,
             {"ACCELERATE_MIXED_PRECISION": "bf16"},
@@ -197,7 +214,7 @@ def test_bf16_is_refused_where_it_would_be_emulated(machine):
         (0, {}, {}),
         (0, {}, {"mixed_precision": "bf16"}),
         (0, CPU | {"ACCELERATE_MIXED_PRECISION": "bf16"}, {}),
-        (0, {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"mixed_precision": "no"}),
+        (0, CPU | {"ACCELERATE_MIXED_PRECISION": "fp16"}, {"mixed_precision": "no"}),
         (0, TWO | CPU, {}),
         (0, TWO | CPU | {"MASTER_ADDR": "127.0.0.1"}, {}),
         (1, {"ACCELERATE_MIXED_PRECISION": "fp16"}, {}),
@@ -261,7 +278,7 @@ def test_what_a_strategy_cannot_do_is_refused(strategy, changes, quantised, star
 
 
 def versions(**changes):
-    same = dict.fromkeys(("torch", "transformers", "peft", "accelerate", "peftkit"), "1.0")
+    same = dict.fromkeys(LIBRARIES, "1.0")
     return {**same, **changes}
 
 
@@ -278,8 +295,8 @@ def test_versions_that_differ_are_named_with_their_ranks():
 
 @pytest.mark.usefixtures("fresh_accelerate_state")
 def test_mixed_versions_stop_the_start(monkeypatch):
-    other = versions(torch="0.1")
-    monkeypatch.setattr(start, "gather_object", lambda own: [*own, {**other, "machine": "b"}])
+    other = {"torch": "0.1", "machine": "b"}
+    monkeypatch.setattr(start, "gather_object", lambda own: [*own, own[0] | other])
     with pytest.raises(SharedError, match=r"^launch: torch is not the same everywhere: .* rank 1"):
         start_accelerator(config())
 
@@ -339,3 +356,17 @@ def test_emulated_bf16_and_idle_cores_are_noted(capsys, monkeypatch):
         "note: this run uses 0 of",
         "note: bf16 is emulated a",
     ]
+
+
+def test_processes_with_other_data_are_refused(monkeypatch):
+    own = {"base": "sha256:a", "train data": "sha256:b"}
+    other = own | {"train data": "sha256:c"}
+    monkeypatch.setattr(start, "gather_object", lambda mine: [*mine, other, own, other])
+    with pytest.raises(SharedError) as raised:
+        start.refuse_unlike(None, own)
+    assert raised.value.problems == [
+        "launch: train data is not the same on rank 0 and on rank 1, 3; every machine needs the "
+        "same files"
+    ]
+    monkeypatch.setattr(start, "gather_object", lambda mine: mine * 2)
+    start.refuse_unlike(None, own)
