@@ -759,7 +759,7 @@ def test_two_processes_halve_together_if_one_has_no_memory(recipe_file, workplac
 
 def wait_for_step(process, step):
     log = FOLDER / "log.jsonl"
-    for _ in range(3000):
+    for _ in range(12000):
         if log.exists() and f'"step": {step},' in log.read_text():
             return
         assert process.poll() is None, process.communicate()

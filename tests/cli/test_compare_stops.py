@@ -14,6 +14,7 @@ import yaml
 from fake_runs import behave, starts
 
 from peftkit.reporting.record import read_record
+from peftkit.run_folder import try_lock
 
 TESTS = Path(__file__).parent.parent
 COMPARE = """
@@ -60,15 +61,23 @@ def begin():
 
 def ended(process):
     """Exit code, stdout, lines of stderr without the seconds."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     return process.returncode, out, [line.partition(" (")[0] for line in err.splitlines()]
 
 
 def await_true(condition):
-    end = time.monotonic() + 90
+    end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def is_free(folder):
+    """Whether every launcher that the comparison there has left behind has ended."""
+    descriptor = try_lock(folder)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is not None
 
 
 def log_of(name):
@@ -122,8 +131,7 @@ def test_a_run_that_outlives_a_killed_comparison_is_not_started_twice(recipes, b
         ["comparison/runs/a-seed0: a run is at work in this folder; wait until it has ended"],
     )
     Path("go").touch()
-    await_true(lambda: (Path("comparison/runs/a-seed0/record.json")).exists())
-    time.sleep(0.5)  # its launcher ends a little later
+    await_true(lambda: is_free(Path("comparison")))
     code, _, said = ended(begin("a.yaml", "--seeds", "2"))
     assert (code, said[0]) == (0, "1 of 2 runs are done already")
     assert starts() == ["a-seed0", "a-seed1"]
@@ -141,7 +149,7 @@ def test_a_run_that_is_killed_is_a_row_by_its_signal(recipes, begin):
 
 @pytest.mark.slow
 def test_a_real_comparison_that_is_killed_goes_on_and_repeats_nothing(recipes, begin):
-    words = ["a.yaml", "b.yaml", "--seeds", "2", "training.num_train_epochs=5"]
+    words = ["a.yaml", "b.yaml", "--seeds", "2", "training.num_train_epochs=10"]
     comparing = begin(*words, how="real")
     # Half-way: the second run is training when everything is killed.
     await_true(lambda: log_of("b-seed0").exists() and status_of("a-seed0") == "completed")

@@ -172,7 +172,7 @@ def test_a_signal_reaches_the_run_once_and_its_end_is_awaited(launcher, sent, re
 
 
 def await_file(path):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.02)

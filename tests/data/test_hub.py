@@ -41,13 +41,13 @@ def test_a_slow_name_lookup_is_cut_off(deaf_hub, monkeypatch):
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
 
     def look_up(*_, **__):
-        time.sleep(1)
+        time.sleep(3)
         raise OSError
 
     monkeypatch.setattr(socket, "create_connection", look_up)
     start = time.monotonic()
     assert not hub_reachable()
-    assert time.monotonic() - start < 0.9
+    assert time.monotonic() - start < 2
 
 
 def test_a_listening_hub_is_reachable_unless_offline_is_wanted(monkeypatch, deaf_hub):

@@ -77,16 +77,16 @@ def test_all_problems_are_named_at_once(model):
     ],
 )
 def test_a_search_without_end_is_cut_off(model, monkeypatch, settings):
-    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
     started = time.monotonic()
     (problem,) = problems_of(model, settings)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert problem.startswith(f"method: matching {next(iter(patterns._forms(settings)))[2]!r} with")
     assert problem.endswith("simplify the pattern, such as repeats inside repeats")
 
 
 def test_a_stored_adapter_cannot_hang_its_loading_either(base_of, model, monkeypatch):
-    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
     method = tiny_runs.make_method({"type": "lora", "r": 2})
     delta = method.delta(tiny_runs.prepare(base_of("bert"), method))
     delta.adapter_config["exclude_modules"] = BAD

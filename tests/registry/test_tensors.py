@@ -184,10 +184,10 @@ def test_mutated_headers_are_read_or_refused_quickly():
         changed = bytearray(whole)
         for _ in range(draw.randint(1, 4)):
             changed[draw.randrange(header_end)] = draw.randrange(256)
-        start = time.perf_counter()
+        start = time.process_time()
         with suppress(RegistryError):
             delta_from_files("weights", {"weights.safetensors": bytes(changed)})
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 def test_an_unchanged_file_gives_its_bytes_only_when_wanted(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from peftkit.errors import Interrupted
@@ -86,7 +87,7 @@ def test_a_signal_that_comes_twice_at_the_same_time_is_one_request(monkeypatch):
         with stop.deferred():
             send(signal.SIGTERM)
             send(signal.SIGTERM)
-            later(monkeypatch, signals.ECHO_SECONDS - 0.5)
+            later(monkeypatch, signals.ECHO_SECONDS - 1.5)
             send(signal.SIGINT)
             reached.append(stop.number)
         stop.check()
@@ -150,6 +151,27 @@ def test_a_launcher_that_dies_takes_the_run_with_it():
     launcher.stdout.readline()
     launcher.kill()
     assert launcher.communicate(timeout=60)[1] == "stopped by SIGTERM"
+
+
+FORKED = """
+import os, sys, time
+from peftkit.training.signals import mind_the_parent_only
+child = os.fork()
+if child == 0:
+    mind_the_parent_only(0)
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of that")
+def test_a_run_that_is_killed_leaves_no_process_that_collates():
+    parent = subprocess.Popen([sys.executable, "-c", FORKED], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    psutil.wait_procs([worker], timeout=20)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 ENDING = """
