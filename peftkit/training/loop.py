@@ -168,7 +168,7 @@ class Trainer:
         device = self.accelerator.device
         set_learning_rates(self.optimizer, self._factor())
         items = sum(self.job.task.loss_items(b["labels"]) for m, b in batches if m.counts)
-        counts = torch.tensor([items, *_sizes(batches)], dtype=torch.float64, device=device)
+        counts = torch.tensor([items, *_sizes(batches)], dtype=torch.int64, device=device)
         total, examples, tokens = self.accelerator.reduce(counts, "sum").tolist()
         loss_sum = torch.zeros((), device=device)
         for position, (micro, batch) in enumerate(batches):
@@ -179,7 +179,7 @@ class Trainer:
         norm, sound = self.updates.apply(loss)
         if not sound:
             raise self._non_finite(batches, loss, norm)
-        return StepResult(loss, norm, int(examples), int(tokens))
+        return StepResult(loss, norm, examples, tokens)
 
     def _backward(
         self, micro: MicroBatch, batch: dict[str, Tensor], *, total: float, last: bool

@@ -26,8 +26,8 @@ def own_state() -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = legacy
     return {
         "torch": torch.get_rng_state(),
-        # Of this process's own GPU only: reading the others' would open them.
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        # Of this process's own device only: reading the others' would open them.
+        "accelerator": torch.get_device_module().get_rng_state() if _accelerated() else None,
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],
     }
@@ -36,11 +36,16 @@ def own_state() -> dict[str, Any]:
 def restore(state: dict[str, Any]) -> None:
     """Set this process's generators to `state`, as `own_state` gave it."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+    if state["accelerator"] is not None:
+        torch.get_device_module().set_rng_state(state["accelerator"])
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+
+
+def _accelerated() -> bool:
+    """Whether there is a GPU, of any make."""
+    return bool(torch.accelerator.is_available())
 
 
 @contextmanager
