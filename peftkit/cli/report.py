@@ -60,7 +60,7 @@ def report(
 def print_comparison(comparison: "Comparison") -> None:
     """Each table in short, and below it what it comes to."""
     from peftkit.reporting.tables import short_view
-    from peftkit.reporting.wording import condition_sentence, summary_sentences
+    from peftkit.reporting.wording import beside_sentence, condition_sentence, summary_sentences
 
     for table in comparison.tables:
         print(f"{table.title}: {table.metric}")
@@ -69,4 +69,6 @@ def print_comparison(comparison: "Comparison") -> None:
             print(f"[{condition.letter}] {condition.condition}: {values}")
         view = short_view(table)
         print_table(view.headers, view.rows, numbers=set(range(len(view.headers))) - view.texts)
+        if beside := beside_sentence(table):
+            print(beside)
         print("\n".join(summary_sentences(table)), end="\n\n")

@@ -71,10 +71,15 @@ def tables_of(runs: Sequence[Run], problems: list[Problem]) -> list[ArmTable]:
     ]
 
 
+def section(recipe: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """One section of a resolved recipe; empty if a record holds something else in its place."""
+    found = (recipe or {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def leading_metric(run: Run) -> str:
     """The first metric of its recipe's task, or what its record has first, or the loss."""
-    task = (run.recipe or {}).get("task")
-    named = task.get("metrics") if isinstance(task, dict) else None
+    named = section(run.recipe, "task").get("metrics")
     if isinstance(named, list) and named and isinstance(named[0], str):
         return named[0]
     scores = run.record.metrics.get("validation", {}) if run.record else {}

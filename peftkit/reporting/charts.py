@@ -13,6 +13,8 @@ from peftkit.reporting.figure_text import MIB, interval, score, words
 from peftkit.reporting.figures import PHASES
 from peftkit.reporting.memory_bars import Bar, memory_bars
 from peftkit.reporting.pareto import Cost, Point, pareto
+from peftkit.reporting.tables import BESIDE
+from peftkit.reporting.wording import beside_sentence
 
 if TYPE_CHECKING:
     from peftkit.reporting.results import Row, Table
@@ -60,7 +62,8 @@ def _paretos(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> l
         points = _points(table, anchors, labels, (axis, value))
         if points:
             cost = Cost(axis, words(table.metric), table.higher_is_better)
-            charts.append(Chart(title, pareto(points, cost), "", "pareto"))
+            note = beside_sentence(table).removeprefix(f"{BESIDE} ") if value is _minutes else ""
+            charts.append(Chart(title, pareto(points, cost), note, "pareto"))
     return charts
 
 

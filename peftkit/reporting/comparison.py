@@ -5,7 +5,7 @@ line's `report` and `compare`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from peftkit.reporting.answers import Answers, answers_of, recorded_score
-from peftkit.reporting.arms import Arm, ArmTable, tables_of
+from peftkit.reporting.arms import Arm, ArmTable, section, tables_of
 from peftkit.reporting.conditions import Difference, differences
-from peftkit.reporting.figures import figures_of, shared_machine
+from peftkit.reporting.figures import Figures, figures_of, shared_machine
 from peftkit.reporting.gathering import Problem, gather
 from peftkit.reporting.groups import MAX_ARMS, letters
 from peftkit.reporting.pairs import Pairs
@@ -78,7 +78,7 @@ def _table(
 ) -> Table:
     found = tested(table, answers)
     conditions = differences(table.arms, shared)
-    rows = _rows(table, found, conditions, price_per_hour)
+    rows = _rows(table, found, conditions, lambda arm: figures_of(arm, price_per_hour, shared))
     records = [run.record for arm in table.arms for run in arm.runs if run.record]
     return Table(
         title=_title(table),
@@ -97,7 +97,7 @@ def _rows(
     table: ArmTable,
     found: Tested,
     conditions: list[Difference],
-    price_per_hour: float | None,
+    figures: Callable[[Arm], Figures],
 ) -> list[Row]:
     scores = {arm.label: _scores(arm, table.metric) for arm in table.arms}
     sign = 1 if table.metric in LOWER_IS_BETTER else -1
@@ -110,7 +110,7 @@ def _rows(
     return [
         Row(
             arm=arm,
-            figures=figures_of(arm, price_per_hour),
+            figures=figures(arm),
             score=_mean(own) if (own := scores[arm.label]) else None,
             scores=own,
             seed_interval=seed_interval(np.array(list(own.values()))),
@@ -151,8 +151,8 @@ def _mean(scores: dict[int, float]) -> float:
 def _title(table: ArmTable) -> str:
     """The data set in the words of the recipes."""
     for arm in table.arms:
-        task = (arm.recipe or {}).get("task", {})
-        if isinstance(task, dict) and task.get("dataset"):
+        task = section(arm.recipe, "task")
+        if task.get("dataset"):
             parts = [task["dataset"], task.get("dataset_config"), task.get("validation_split")]
             return " ".join(str(part) for part in parts if part)
     return "data unknown" if table.digest is None else f"data {table.digest[7:15]}"

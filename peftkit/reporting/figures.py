@@ -6,6 +6,7 @@ throughputs the mean. None: no run of the arm has the figure.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ class Figures:
     trainable_parameters: int | None
     total_parameters: int | None
     delta_bytes: int | None
+    runs_beside_another: int
+    """Runs of which `shared_machine` says that they were: their wall seconds are too long."""
     statuses: dict[str, int]
     cost: float | None
     """Of one run, training and evaluation; None also without a price."""
@@ -53,8 +56,13 @@ class Figures:
         return vars(self) | computed
 
 
-def figures_of(arm: Arm, price_per_hour: float | None) -> Figures:
-    """Of the completed runs; of all, as far as they got, where none is completed."""
+def figures_of(
+    arm: Arm, price_per_hour: float | None, beside_another: AbstractSet[int] = frozenset()
+) -> Figures:
+    """Of the completed runs; of all, as far as they got, where none is completed.
+
+    `beside_another` is what `shared_machine` found.
+    """
     records = [run.record for run in arm.completed or arm.runs if run.record]
     train, evaluation = (
         _mean(records, lambda r: r.seconds.train),
@@ -71,6 +79,7 @@ def figures_of(arm: Arm, price_per_hour: float | None) -> Figures:
         trainable_parameters=_largest([r.trainable_parameters for r in records]),
         total_parameters=_largest([r.total_parameters for r in records]),
         delta_bytes=_largest([r.delta_bytes for r in records]),
+        runs_beside_another=sum(id(record) in beside_another for record in records),
         statuses=dict(Counter(run.status for run in arm.runs)),
         cost=_cost(train, evaluation, price_per_hour),
     )

@@ -24,6 +24,7 @@ from peftkit.reporting.tables import (
 from peftkit.reporting.wording import (
     SAMPLE_SENTENCE,
     ConditionGroup,
+    beside_sentence,
     condition_groups,
     summary_sentences,
 )
@@ -69,6 +70,8 @@ class TablePart:
     marks: list[tuple[str, int, int, bool, tuple[str, ...]]]
     """Of each row: anchor, colour, shape, whether in the best group, notes."""
     has_single_seeds: bool
+    beside: str
+    """Why some wall seconds are not to be trusted; may be empty."""
     charts: list[Chart]
     memory: View
     pairs: View
@@ -129,6 +132,7 @@ def _part(table: "Table", number: int) -> TablePart:
         results=result_view(table),
         marks=_marks(table.rows, anchors),
         has_single_seeds=any(len(row.scores) == 1 and row.interval for row in table.rows),
+        beside=beside_sentence(table),
         charts=charts_of(table, anchors),
         memory=memory_view(table),
         pairs=pair_view(table, MAX_PAIRS),

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from peftkit.reporting.results import Row, Table
 
 MAX_REASON: Final = 100
+BESIDE: Final = "†"
+"""Marks the wall seconds of an arm whose runs had another run beside them."""
 PHASE_WORDS: Final = {"load": "load", "train_step": "train", "eval": "eval"}
 KIND_WORDS: Final = {
     "allocated_bytes": "allocated",
@@ -170,7 +172,7 @@ def _result_columns(table: "Table") -> list[_Column]:
         _Column("train peak, MiB", lambda row: mib(row.figures.peak_bytes)),
         _Column("predicted, MiB", lambda row: mib(row.figures.predicted["train_step"])),
         _Column("error, %", lambda row: percent(row.figures.prediction_error)),
-        _Column("train s", lambda row: number(row.figures.train_seconds)),
+        _Column("train s", _train_seconds),
         _Column("processor s", lambda row: number(row.figures.train_cpu_seconds)),
         _Column("examples/s", lambda row: number(row.figures.examples_per_second, 1)),
         _Column("tokens/s", lambda row: number(row.figures.tokens_per_second)),
@@ -179,6 +181,11 @@ def _result_columns(table: "Table") -> list[_Column]:
         _Column("cost of a run", lambda row: number(row.figures.cost, 4)),
         _Column("status", status_text, is_text=True, always=True),
     ]
+
+
+def _train_seconds(row: "Row") -> str:
+    shown = number(row.figures.train_seconds)
+    return f"{shown}{BESIDE}" if shown != NONE and row.figures.runs_beside_another else shown
 
 
 def _full_interval(row: "Row") -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftkit.reporting.figure_text import interval, listed, mib, plural, probability, score, words
 from peftkit.reporting.statistics import LEVEL
+from peftkit.reporting.tables import BESIDE
 
 if TYPE_CHECKING:
     from peftkit.reporting.conditions import Difference
@@ -29,6 +30,20 @@ SAMPLE_SENTENCE = (
     "Sample data: these runs used a small stand-in that peftkit made itself. Memory and time are "
     "measured; the scores say nothing about the real data set."
 )
+
+
+def beside_sentence(table: "Table") -> str:
+    """Why some wall seconds are not to be trusted; empty if nothing speaks against them."""
+    figures = [row.figures for row in table.rows]
+    beside = sum(f.runs_beside_another for f in figures)
+    if not beside:
+        return ""
+    rows = [row.label for row in table.rows if row.figures.runs_beside_another]
+    return (
+        f"{BESIDE} While {plural(beside, 'run')} of {listed(rows)} trained, another run was at work "
+        "on the same machine: their wall seconds, and what is made of them (throughput, cost), "
+        "are not those of a run on its own. Processor seconds suffer less."
+    )
 
 
 def summary_sentences(table: "Table") -> list[str]:
@@ -68,7 +83,8 @@ def condition_sentence(values: dict[str, list[str]], arms: int) -> str:
     parts = []
     for place, (value, labels) in enumerate(values.items()):
         is_most = place == 0 and 2 * len(labels) > arms and len(labels) > 2
-        parts.append(f"{value} for {'most' if is_most else listed(labels)}")
+        most = "all" if len(labels) == arms else "most"
+        parts.append(f"{value} for {most if is_most else listed(labels)}")
     return "; ".join(parts)
 
 
