@@ -99,7 +99,12 @@ def _rows(
     conditions: list[Difference],
     figures: Callable[[Arm], Figures],
 ) -> list[Row]:
-    scores = {arm.label: _scores(arm, table.metric) for arm in table.arms}
+    recorded = {arm.label: _scores(arm, table.metric) for arm in table.arms}
+    tested_seeds = {arm.label: found.seeds.get(arm.label, ()) for arm in table.arms}
+    scores = {
+        label: {seed: own[seed] for seed in tested_seeds[label] or own}
+        for label, own in recorded.items()
+    }
     sign = 1 if table.metric in LOWER_IS_BETTER else -1
     ordered = sorted(
         table.arms,
@@ -112,7 +117,8 @@ def _rows(
             arm=arm,
             figures=figures(arm),
             score=_mean(own) if (own := scores[arm.label]) else None,
-            scores=own,
+            scores=recorded[arm.label],
+            tested_seeds=tested_seeds[arm.label],
             seed_interval=seed_interval(np.array(list(own.values()))),
             interval=found.intervals.get(arm.label),
             letters=marks.get(arm.label, ""),

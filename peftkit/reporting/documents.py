@@ -97,7 +97,7 @@ def markdown(comparison: "Comparison") -> str:
             parts += ["### What to take at a given memory", _grid(choices)]
         parts += [_grid(result_view(table))]
         parts += [_escaped(beside)] if (beside := beside_sentence(table)) else []
-        if any(len(row.scores) == 1 for row in table.rows):
+        if any(row.is_of_one_seed for row in table.rows):
             parts += ["\\* one seed: the interval covers the draw of examples only."]
         parts += ["### Peak memory by phase, MiB", _grid(memory_view(table))]
         if table.pairs:
@@ -142,6 +142,7 @@ def _arm(row: "Row") -> dict[str, Any]:
         "name": row.arm.name,
         "score": row.score,
         "scores": {str(seed): score for seed, score in row.scores.items()},
+        "tested_seeds": list(row.tested_seeds),
         "seed_interval": row.seed_interval and list(row.seed_interval),
         "interval": row.interval and list(row.interval),
         "letters": row.letters,

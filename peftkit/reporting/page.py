@@ -131,7 +131,7 @@ def _part(table: "Table", number: int) -> TablePart:
         choices=choice_view(table),
         results=result_view(table),
         marks=_marks(table.rows, anchors),
-        has_single_seeds=any(len(row.scores) == 1 and row.interval for row in table.rows),
+        has_single_seeds=any(row.is_of_one_seed for row in table.rows),
         beside=beside_sentence(table),
         charts=charts_of(table, anchors),
         memory=memory_view(table),

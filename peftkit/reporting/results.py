@@ -14,13 +14,17 @@ from peftkit.reporting.statistics import Interval
 
 @dataclass(frozen=True)
 class Row:
-    """One arm with its figures. `score` is the mean over completed seeds, None without one."""
+    """One arm with its figures. `score` is the mean over the tested seeds, over all completed ones
+    if none is tested; None without a score.
+    """
 
     arm: Arm
     figures: Figures
     score: float | None
     scores: dict[int, float]
-    """Seed → score of that run."""
+    """Seed → score of that run, tested or not."""
+    tested_seeds: tuple[int, ...]
+    """Those whose predictions can be used: `score`, intervals and tests are over them."""
     seed_interval: Interval | None
     """Over other seeds, on these examples; None: fewer than two seeds."""
     interval: Interval | None
@@ -36,6 +40,11 @@ class Row:
     def label(self) -> str:
         """What it is called in its table."""
         return self.arm.label
+
+    @property
+    def is_of_one_seed(self) -> bool:
+        """Whether its interval and its tests cover the draw of examples only."""
+        return len(self.tested_seeds) == 1
 
 
 @dataclass(frozen=True)

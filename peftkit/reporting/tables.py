@@ -5,6 +5,7 @@ Called by the documents, the page and the command line; imports the results.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -168,7 +169,7 @@ def _result_columns(table: "Table") -> list[_Column]:
         _Column("95% seeds + examples", _full_interval),
         _Column("95% seeds", _seed_interval),
         _Column("group", lambda row: row.letters or NONE, is_text=True),
-        _Column("seeds", lambda row: str(len(row.scores)), always=True),
+        _Column("seeds", partial(_seeds, bool(table.examples)), always=True),
         _Column("train peak, MiB", lambda row: mib(row.figures.peak_bytes)),
         _Column("predicted, MiB", lambda row: mib(row.figures.predicted["train_step"])),
         _Column("error, %", lambda row: percent(row.figures.prediction_error)),
@@ -183,17 +184,23 @@ def _result_columns(table: "Table") -> list[_Column]:
     ]
 
 
+def _seeds(is_tested: bool, row: "Row") -> str:
+    """`3`, or `3, 1 tested`; in a table without tests nothing is missing."""
+    tested, scored = len(row.tested_seeds), len(row.scores)
+    return f"{scored}, {tested} tested" if is_tested and tested < scored else str(scored)
+
+
 def _train_seconds(row: "Row") -> str:
     shown = number(row.figures.train_seconds)
     return f"{shown}{BESIDE}" if shown != NONE and row.figures.runs_beside_another else shown
 
 
 def _full_interval(row: "Row") -> str:
-    return interval(row.interval) + ("*" if row.interval and len(row.scores) == 1 else "")
+    return interval(row.interval) + ("*" if row.is_of_one_seed else "")
 
 
 def _seed_interval(row: "Row") -> str:
-    return "one seed" if len(row.scores) == 1 else interval(row.seed_interval)
+    return "one seed" if len(row.tested_seeds or row.scores) == 1 else interval(row.seed_interval)
 
 
 def _peak_column(header: str, phase: str, kind: str) -> _Column:

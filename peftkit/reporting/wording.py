@@ -40,9 +40,9 @@ def beside_sentence(table: "Table") -> str:
         return ""
     rows = [row.label for row in table.rows if row.figures.runs_beside_another]
     return (
-        f"{BESIDE} While {plural(beside, 'run')} of {listed(rows)} trained, another run was at work "
-        "on the same machine: their wall seconds, and what is made of them (throughput, cost), "
-        "are not those of a run on its own. Processor seconds suffer less."
+        f"{BESIDE} While {plural(beside, 'run')} of {listed(rows)} trained, another run was at "
+        "work on the same machine: their wall seconds, and what is made of them (throughput, "
+        "cost), are not those of a run on its own. Processor seconds suffer less."
     )
 
 
@@ -53,7 +53,8 @@ def summary_sentences(table: "Table") -> list[str]:
     if not tested:
         return [*sentences, *_untested(table), *_unfinished(table)]
     sentences += [_verdict(table, tested), *_cheapest(tested)]
-    return [*sentences, *_certainty(table), *_one_seed(tested), *_unfinished(table)]
+    sentences += [*_certainty(table), *_partly_tested(tested), *_one_seed(tested)]
+    return [*sentences, *_unfinished(table)]
 
 
 def condition_groups(table: "Table") -> list[ConditionGroup]:
@@ -108,11 +109,27 @@ def _verdict(table: "Table", tested: list["Row"]) -> str:
             return f"{shown}, but {group[1]} cannot be told apart from it."
         return f"{shown}, but none of the other {len(group) - 1} can be told apart from it."
     against = pairs_with_best(table)
-    worst = max(against[label].p_adjusted for label in behind)
-    ahead = f"it is ahead of {listed(behind)} (adjusted p at most {probability(worst)})"
+    ahead = _ahead({label: against[label] for label in behind})
     if len(group) == 1:
         return f"{shown}: {ahead}."
     return f"{shown}: {ahead} and cannot be told apart from {listed(group[1:])}."
+
+
+def _ahead(against: "dict[str, Pair]") -> str:
+    """What the best is ahead of; a pair with one seed speaks of trained models, not of methods."""
+    methods = {label: pair for label, pair in against.items() if pair.covers_seeds}
+    models = {label: pair for label, pair in against.items() if not pair.covers_seeds}
+    parts = []
+    if methods:
+        parts.append(f"it is ahead of {_behind(methods)}")
+    if models:
+        parts.append(f"these trained models are ahead of those of {_behind(models)}")
+    return "; ".join(parts)
+
+
+def _behind(pairs: "dict[str, Pair]") -> str:
+    worst = max(pair.p_adjusted for pair in pairs.values())
+    return f"{listed(list(pairs))} (adjusted p at most {probability(worst)})"
 
 
 def _cheapest(tested: list["Row"]) -> list[str]:
@@ -137,26 +154,53 @@ def _certainty(table: "Table") -> list[str]:
         return []
     low, high = sizes
     size = f"{low:.3f}" if high - low < 0.0005 else f"{low:.3f} to {high:.3f} (by pair)"
+    examples = plural(table.examples, "validation example")
+    if table.pairs.cover_seeds:
+        given, beyond = f"How sure: with these seeds and {examples}", _beside_one_seed(table)
+    else:
+        given = f"How sure, of these trained models only: with {examples}"
+        beyond = " With one seed, how much another seed would change is not known."
     return [
-        f"How sure: with these seeds and {plural(table.examples, 'validation example')}, a true "
-        f"difference in {words(table.metric)} of {size} would be found 4 times in 5. A smaller one "
-        f"would mostly be missed, so not told apart does not mean equal.{_nearest(table)}"
+        f"{given}, a true difference in {words(table.metric)} of {size} would be found 4 times in "
+        "5. A smaller one would mostly be missed, so not told apart does not mean equal."
+        f"{beyond}{_nearest(table)}"
     ]
+
+
+def _beside_one_seed(table: "Table") -> str:
+    """Whose tests the detectable differences leave out."""
+    alone = [row.label for row in table.rows if row.is_of_one_seed]
+    if not alone:
+        return ""
+    return f" Tests with {listed(alone)} are not in this: they speak of these trained models only."
 
 
 def _nearest(table: "Table") -> str:
     """The clearest of the differences from the best that are not clear enough."""
-    open_pairs = [(p.p_adjusted, p.p, label) for label, p in pairs_with_best(table).items()]
+    against = pairs_with_best(table)
+    open_pairs = [(p.p_adjusted, p.p, label) for label, p in against.items()]
     unclear = [entry for entry in open_pairs if entry[0] >= LEVEL]
     if not unclear:
         return ""
     adjusted, _, label = min(unclear)
-    shown = f"{label}, adjusted p {probability(adjusted)}"
+    only = "" if against[label].covers_seeds else ", these trained models only"
+    shown = f"{label}, adjusted p {probability(adjusted)}{only}"
     return f" Clearest among those not told apart from the best: {shown}."
 
 
+def _partly_tested(tested: list["Row"]) -> list[str]:
+    """Rows that speak of fewer runs than have a score."""
+    parts = [
+        f"{row.label}: score and tests are over {len(row.tested_seeds)} of {len(row.scores)} seeds "
+        f"(the mean of all is {score(sum(row.scores.values()) / len(row.scores))})"
+        for row in tested
+        if len(row.tested_seeds) < len(row.scores)
+    ]
+    return [f"The predictions of some runs cannot be used. {listed(parts)}."] if parts else []
+
+
 def _one_seed(tested: list["Row"]) -> list[str]:
-    alone = [row.label for row in tested if len(row.scores) == 1]
+    alone = [row.label for row in tested if row.is_of_one_seed]
     if not alone:
         return []
     return [
