@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: peftkit report runs benchmarks/results/runs --out comparison"
 DEFAULT_OUT = Path("comparison")
+MAX_PRICE = 1e9
+"""Keeps infinity out, and any cost a finite number."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,7 +26,11 @@ def add_to(app: typer.Typer) -> None:
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, searched all the way.")
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="Folders of runs, searched all the way; a record.json is its folder.",
+        ),
     ],
     *,
     out: Annotated[
@@ -32,7 +38,12 @@ def report(
     ] = DEFAULT_OUT,
     price_per_hour: Annotated[
         float | None,
-        typer.Option("--price-per-hour", min=0, help="Of the machine: adds the cost of a run."),
+        typer.Option(
+            "--price-per-hour",
+            min=0,
+            max=MAX_PRICE,
+            help="Of the machine: adds the cost of a run.",
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
