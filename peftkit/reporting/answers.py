@@ -18,21 +18,24 @@ from peftkit.reporting.scores import Columns
 TOLERANCE = 1e-4
 """Scores are ratios of counts; a loss is summed in float32."""
 
+MAX_SCORE = 1e100
+"""The variance of larger ones is no number."""
+
 Answers = dict[int, Columns]
 """`id(run)` → its columns, each (N,)."""
 
 
 def recorded_score(run: Run, metric: str) -> float | None:
-    """The validation score that the record holds; None: none, or not finite."""
+    """The validation score that the record holds; None: none, or not finite, or beyond use."""
     scores = run.record.metrics.get("validation", {}) if run.record else {}
     score = scores.get(metric, math.nan)
-    return score if math.isfinite(score) else None
+    return score if abs(score) < MAX_SCORE else None
 
 
 def answers_of(table: ArmTable, problems: list[Problem]) -> Answers:
     """Columns of every completed run whose file can be read and agrees; a line for each other."""
     agreeing: list[tuple[Run, Columns]] = []
-    for run in (run for arm in table.arms for run in arm.completed):
+    for run in (run for arm in table.arms for run in arm.completed if run.record):
         columns = _read(run, problems)
         if columns is None:
             continue

@@ -53,7 +53,7 @@ def short_labels(labels: Sequence[str]) -> list[str]:
 
 def _paretos(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> list[Chart]:
     costs: list[tuple[str, str, Callable[[Row], float | None]]] = [
-        ("Score and memory", "peak memory of a training step, MiB", _peak_mib),
+        ("Score and memory", "peak of live tensors in a training step, MiB", _peak_mib),
         ("Score and time", "training time, minutes", _minutes),
         ("Score and delta size", "size of the delta, MiB", _delta_mib),
     ]

@@ -97,6 +97,11 @@ def effective_batch(run: Run) -> int | None:
     return int(sizes[0] * sizes[1] * run.record.processes)
 
 
+def is_sample(record: RunRecord) -> bool | None:
+    """Whether any input was a stand-in; None: it ended before its data was read."""
+    return record.stand_in or (None if record.origins.data is None else False)
+
+
 def _is_worth_a_line(condition: str, values: Values) -> bool:
     distinct = {value for own in values.values() for value in own}
     return len(distinct) > 1 or (condition == SHARED_MACHINE and "yes" in distinct)
@@ -170,7 +175,7 @@ def _of_a_run(shared_machine: set[int]) -> dict[str, Callable[[Run], Any]]:
         return lambda run: read(run.record) if run.record else None
 
     return {
-        "sample data": of(_is_sample),
+        "sample data": of(is_sample),
         "effective batch": effective_batch,
         "precision": of(lambda record: record.mixed_precision),
         "number of learning rates tried": of(lambda record: len(record.learning_rates_tried)),
@@ -236,11 +241,6 @@ def _training_data(arms: Sequence[Arm]) -> Values:
         for label, found in own.items()
     }
     return {label: {", ".join(parts): []} for label, parts in told.items() if parts}
-
-
-def _is_sample(record: RunRecord) -> bool | None:
-    """None: it ended before its data was read, so it cannot tell."""
-    return record.stand_in or (None if record.origins.data is None else False)
 
 
 def _commit(record: RunRecord) -> str:

@@ -24,7 +24,9 @@ class Figures:
     memory: dict[str, dict[str, int | None]]
     """Phase → kind → the highest peak."""
     predicted: dict[str, int | None]
-    """Phase → what the planner expected of `allocated_bytes`."""
+    """Phase → the most that the planner expected of `allocated_bytes`."""
+    prediction_errors: dict[str, float | None]
+    """Phase → predicted over measured peak less 1, of the run in which it is farthest from 0."""
     train_seconds: float | None
     train_cpu_seconds: float | None
     eval_seconds: float | None
@@ -45,15 +47,24 @@ class Figures:
         return self.memory["train_step"]["allocated_bytes"]
 
     @property
+    def needed_bytes(self) -> int | None:
+        """Highest measured peak of live tensors in any phase: what a budget must hold."""
+        return _largest([peaks["allocated_bytes"] for peaks in self.memory.values()])
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Highest measured peak of the whole process in any phase."""
+        return _largest([peaks["resident_bytes"] for peaks in self.memory.values()])
+
+    @property
     def prediction_error(self) -> float | None:
-        """Predicted over measured peak of a training step, less 1."""
-        predicted, measured = self.predicted["train_step"], self.peak_bytes
-        return predicted / measured - 1 if predicted and measured else None
+        """That of a training step."""
+        return self.prediction_errors["train_step"]
 
     def as_json(self) -> dict[str, Any]:
-        """All fields and the two that are computed."""
-        computed = {"peak_bytes": self.peak_bytes, "prediction_error": self.prediction_error}
-        return vars(self) | computed
+        """All fields and those that are computed."""
+        computed = ("peak_bytes", "needed_bytes", "resident_bytes", "prediction_error")
+        return vars(self) | {name: getattr(self, name) for name in computed}
 
 
 def figures_of(
@@ -71,6 +82,7 @@ def figures_of(
     return Figures(
         memory={phase: {kind: _peak(records, phase, kind) for kind in KINDS} for phase in PHASES},
         predicted={phase: _predicted(records, phase) for phase in PHASES},
+        prediction_errors={phase: _worst_error(records, phase) for phase in PHASES},
         train_seconds=train,
         train_cpu_seconds=_mean(records, lambda r: r.seconds.train_cpu),
         eval_seconds=evaluation,
@@ -110,6 +122,16 @@ def _peak(records: Sequence[RunRecord], phase: Phase, kind: str) -> int | None:
 
 def _predicted(records: Sequence[RunRecord], phase: Phase) -> int | None:
     return _largest([(r.predicted_allocated_bytes or {}).get(phase) for r in records])
+
+
+def _worst_error(records: Sequence[RunRecord], phase: Phase) -> float | None:
+    errors = []
+    for record in records:
+        predicted = (record.predicted_allocated_bytes or {}).get(phase)
+        measured = record.memory[phase].allocated_bytes if phase in record.memory else None
+        if predicted and measured:
+            errors.append(predicted / measured - 1)
+    return max(errors, key=abs, default=None)
 
 
 def _largest(values: Sequence[int | None]) -> int | None:

@@ -22,10 +22,10 @@ from peftkit.reporting.tables import (
     result_view,
 )
 from peftkit.reporting.wording import (
-    SAMPLE_SENTENCE,
     ConditionGroup,
     beside_sentence,
     condition_groups,
+    sample_sentence,
     summary_sentences,
 )
 
@@ -94,14 +94,15 @@ def page(comparison: "Comparison") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    parts = [_part(table, number) for number, table in enumerate(comparison.tables)]
+    is_alone = len(comparison.tables) == 1
+    parts = [_part(table, n, is_alone=is_alone) for n, table in enumerate(comparison.tables)]
     return environment.get_template("page.html").render(
         parts=parts,
         style=Markup((FILES / "page.css").read_text(encoding="utf-8")),
         script=Markup((FILES / "page.js").read_text(encoding="utf-8")),
         shapes=svg.SHAPES,
         markup=Markup,
-        sample=SAMPLE_SENTENCE if any(table.is_sample for table in comparison.tables) else "",
+        sample=sample_sentence([row for table in comparison.tables for row in table.rows]),
         problems=[str(problem) for problem in comparison.problems[:MAX_PROBLEMS]],
         problem_count=len(comparison.problems),
         overview=_overview(comparison),
@@ -116,7 +117,7 @@ def _overview(comparison: "Comparison") -> str:
     return f"{runs} of {plural(len(rows), 'recipe')}{sets}"
 
 
-def _part(table: "Table", number: int) -> TablePart:
+def _part(table: "Table", number: int, *, is_alone: bool) -> TablePart:
     anchors = [f"t{number}-{place}" for place in range(len(table.rows))]
     is_long = len(table.rows) > MAX_WHOLE_RECIPES
     common = common_part([row.arm for row in table.rows]) if is_long else {}
@@ -125,7 +126,8 @@ def _part(table: "Table", number: int) -> TablePart:
         anchor=f"t{number}",
         title=table.title,
         metric=words(table.metric),
-        sentences=sentences[1:] if table.is_sample else sentences,
+        # Of a table that is alone, the head of the page has said it.
+        sentences=sentences[1:] if table.is_sample and is_alone else sentences,
         conditions=condition_groups(table),
         condition_count=len(table.conditions),
         choices=choice_view(table),
@@ -181,7 +183,7 @@ def _run_cells(run: "Run", row: "Row") -> tuple[str, ...]:
     record = run.record
     return (
         str(run.seed),
-        "replaced by a newer run" if is_old else run.status.replace("_", " "),
+        f"{run.status.replace('_', ' ')}{', not counted' if is_old else ''}",
         score(None if is_old else row.scores.get(run.seed)),
         number(record.seconds.train if record else None),
         (record.delta if record else None) or "–",

@@ -106,20 +106,23 @@ def pair_view(table: "Table", most: int) -> View:
 def choice_view(table: "Table") -> View:
     """What to take at a given memory: the arms that no cheaper one reaches in mean score."""
     rows = []
-    for below, row in pairwise([None, *_best_by_memory(table)]):
+    for below, row in pairwise([None, *best_by_memory(table)]):
         assert row is not None
         pair = table.pairs.between(row.label, below.label) if below else None
         told = NONE if below is None else "not tested" if pair is None else _told(pair)
-        rows.append((mib(row.figures.peak_bytes), row.label, score(row.score), told))
-    headers = ("memory from, MiB", "take", words(table.metric), "told apart from the row above")
-    return View("choices", headers, frozenset({1, 3}), tuple(rows))
+        sizes = (mib(row.figures.needed_bytes), mib(row.figures.resident_bytes))
+        rows.append((*sizes, row.label, score(row.score), told))
+    measures = ("live tensors from, MiB", "resident, MiB")
+    headers = (*measures, "take", words(table.metric), "told apart from the row above")
+    return View("choices", headers, frozenset({2, 4}), tuple(rows))
 
 
-def _best_by_memory(table: "Table") -> "list[Row]":
+def best_by_memory(table: "Table") -> "list[Row]":
+    """The arms with the best score of all that need no more live tensors, the cheapest first."""
     sign = -1 if table.higher_is_better else 1
     found: list[Row] = []
-    scored = [row for row in table.rows if row.score is not None and row.figures.peak_bytes]
-    for row in sorted(scored, key=lambda r: (r.figures.peak_bytes or 0, sign * (r.score or 0))):
+    scored = [row for row in table.rows if row.score is not None and row.figures.needed_bytes]
+    for row in sorted(scored, key=lambda r: (r.figures.needed_bytes or 0, sign * (r.score or 0))):
         if not found or sign * (row.score or 0) < sign * (found[-1].score or 0):
             found.append(row)
     return found
@@ -208,14 +211,9 @@ def _peak_column(header: str, phase: str, kind: str) -> _Column:
 
 
 def _prediction_columns(phase: str, word: str) -> list[_Column]:
-    def error(row: "Row") -> str:
-        predicted = row.figures.predicted[phase]
-        measured = row.figures.memory[phase]["allocated_bytes"]
-        return percent(predicted / measured - 1) if predicted and measured else NONE
-
     return [
         _Column(f"predicted: {word}", lambda row: mib(row.figures.predicted[phase])),
-        _Column(f"error: {word}, %", error),
+        _Column(f"error: {word}, %", lambda row: percent(row.figures.prediction_errors[phase])),
     ]
 
 

@@ -3,12 +3,14 @@
 Called by the documents and the command line; imports the results.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peftkit.reporting.conditions import is_sample
 from peftkit.reporting.figure_text import interval, listed, mib, plural, probability, score, words
 from peftkit.reporting.statistics import LEVEL
-from peftkit.reporting.tables import BESIDE
+from peftkit.reporting.tables import BESIDE, best_by_memory
 
 if TYPE_CHECKING:
     from peftkit.reporting.conditions import Difference
@@ -26,10 +28,20 @@ class ConditionGroup:
     """Letter, condition, and its value in each column."""
 
 
-SAMPLE_SENTENCE = (
-    "Sample data: these runs used a small stand-in that peftkit made itself. Memory and time are "
-    "measured; the scores say nothing about the real data set."
-)
+def sample_sentence(rows: Sequence["Row"]) -> str:
+    """Which rows are no real data, by name if others are; empty if all are real."""
+    told = [
+        (row.label, {is_sample(run.record) for run in row.arm.runs if run.record}) for row in rows
+    ]
+    samples = [label for label, found in told if True in found]
+    if not samples:
+        return ""
+    are_all = not any(False in found for _, found in told)
+    return (
+        f"Sample data: {'these runs' if are_all else listed(samples)} used a small stand-in that "
+        "peftkit made itself. Memory and time are measured; the scores say nothing about the real "
+        "data set."
+    )
 
 
 def beside_sentence(table: "Table") -> str:
@@ -48,11 +60,11 @@ def beside_sentence(table: "Table") -> str:
 
 def summary_sentences(table: "Table") -> list[str]:
     """In the order in which they should be read; a sample says so first."""
-    sentences = [SAMPLE_SENTENCE] if table.is_sample else []
+    sentences = [sample] if (sample := sample_sentence(table.rows)) else []
     tested = [row for row in table.rows if row.interval is not None]
     if not tested:
         return [*sentences, *_untested(table), *_unfinished(table)]
-    sentences += [_verdict(table, tested), *_cheapest(tested)]
+    sentences += [_verdict(table, tested), *_cheapest(tested), *_resident_order(table)]
     sentences += [*_certainty(table), *_partly_tested(tested), *_one_seed(tested)]
     return [*sentences, *_unfinished(table)]
 
@@ -134,18 +146,35 @@ def _behind(pairs: "dict[str, Pair]") -> str:
 
 def _cheapest(tested: list["Row"]) -> list[str]:
     """The method to take if memory is short, among those that no test puts behind the best."""
-    group = [row for row in tested if row.in_best_group and row.figures.peak_bytes]
+    group = [row for row in tested if row.in_best_group and row.figures.needed_bytes]
     if not group:
         return []
-    cheap = min(group, key=lambda row: row.figures.peak_bytes or 0)
-    peak = f"{mib(cheap.figures.peak_bytes)} MiB in a training step"
+    cheap = min(group, key=lambda row: row.figures.needed_bytes or 0)
+    peak = f"{mib(cheap.figures.needed_bytes)} MiB of live tensors at the peak"
     if len(group) == 1:
-        return [f"{cheap.label} peaks at {peak}."]
+        return [f"{cheap.label} holds {peak}."]
     best = group[0]
     if cheap is best:
         return [f"It is also the cheapest in memory of them: {peak}."]
-    than = f", against {mib(best.figures.peak_bytes)} MiB for {best.label}"
+    than = f", against {mib(best.figures.needed_bytes)} MiB for {best.label}"
     return [f"The cheapest in memory of these is {cheap.label}: {peak}{than}."]
+
+
+def _resident_order(table: "Table") -> list[str]:
+    """Where the whole process says otherwise of who needs less memory than live tensors do."""
+    front = {row.label for row in best_by_memory(table)}
+    rows = [row for row in table.rows if row.label in front or row.in_best_group]
+    found = [(f.needed_bytes, f.resident_bytes, row.label) for row in rows if (f := row.figures)]
+    sizes = [(live, resident, label) for live, resident, label in found if live and resident]
+    by_live = [resident for _, resident, _ in sorted(sizes)]
+    # Beside a GPU's memory, that of the host is another matter and no other order of the same.
+    is_of_host = any(row.figures.memory["train_step"]["reserved_bytes"] for row in rows)
+    if is_of_host or by_live == sorted(by_live):
+        return []
+    shown = [
+        f"{label} {mib(size)} MiB" for size, label in sorted((s, label) for _, s, label in sizes)
+    ]
+    return [f"By the resident memory of the whole process the order is another: {listed(shown)}."]
 
 
 def _certainty(table: "Table") -> list[str]:
