@@ -63,7 +63,7 @@ class Difference:
     an arm have several, its value names them all, with their seeds."""
     marked: list[str]
     """Labels of the arms that do not have the most common value, or more than one; all, if none is
-    most common."""
+    most common. Of a machine that was shared, those that shared it."""
 
 
 def differences(arms: Sequence[Arm], shared_machine: set[int]) -> list[Difference]:
@@ -115,6 +115,8 @@ def _difference(letter: str, condition: str, values: Values) -> Difference:
     sizes = [len(by_value[value]) for value in ranked]
     common = set(by_value[ranked[0]]) if sizes[1:] and sizes[0] > sizes[1] else set()
     marked = [label for label, own in values.items() if label not in common or len(own) > 1]
+    if condition == SHARED_MACHINE:
+        marked = [label for label, own in values.items() if "yes" in own]
     return Difference(letter, condition, {value: by_value[value] for value in ranked}, marked)
 
 

@@ -52,9 +52,9 @@ def beside_sentence(table: "Table") -> str:
         return ""
     rows = [row.label for row in table.rows if row.figures.runs_beside_another]
     return (
-        f"{BESIDE} While {plural(beside, 'run')} of {listed(rows)} trained, another run was at "
-        "work on the same machine: their wall seconds, and what is made of them (throughput, "
-        "cost), are not those of a run on its own. Processor seconds suffer less."
+        f"{BESIDE} During {plural(beside, 'run')} of {listed(rows)} another run was at work on the "
+        "same machine: their wall seconds, and what is made of them (throughput, cost), are not "
+        "those of a run on its own. Processor seconds suffer less."
     )
 
 

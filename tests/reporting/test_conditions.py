@@ -84,6 +84,16 @@ def test_runs_that_all_shared_the_machine_are_told_with_their_seconds(tmp_path):
             assert text.count("another run was at work") == 1 + (path.suffix == ".html")
 
 
+def test_whoever_shared_the_machine_is_marked_even_if_most_did(tmp_path):
+    first = record_of("lora", 0)
+    times = {"started": first.started, "finished": first.finished}
+    for name in ("lora", "full", "top"):
+        write_seeds(tmp_path, name, 0.90, [times] * 2)
+    write_seeds(tmp_path, "alone", 0.90, [{}, {}])
+    _, marked = conditions(table_of(tmp_path))["another run at the same time"]
+    assert sorted(marked) == ["full", "lora", "top"]
+
+
 def test_seconds_of_runs_on_their_own_carry_no_warning(tmp_path):
     write_seeds(tmp_path, "lora", 0.90, [{}, {}])
     beside = record_of("full", 0)
