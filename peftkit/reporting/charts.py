@@ -92,7 +92,8 @@ def _points(
         cost = value(row)
         if row.score is None or not cost:
             continue
-        bounds = row.interval or row.seed_interval
+        # An interval over other seeds than the score's may lie beside it.
+        bounds = (None if row.is_partly_tested else row.interval) or row.seed_interval
         around = f" ({interval(bounds)})" if bounds else ""
         tip = f"{row.label}: {words(table.metric)} {score(row.score)}{around} at {cost:,.4g} {unit}"
         found.append(Point(place, anchors[place], labels[place], tip, cost, row.score, bounds))

@@ -99,26 +99,21 @@ def _rows(
     conditions: list[Difference],
     figures: Callable[[Arm], Figures],
 ) -> list[Row]:
-    recorded = {arm.label: _scores(arm, table.metric) for arm in table.arms}
-    tested_seeds = {arm.label: found.seeds.get(arm.label, ()) for arm in table.arms}
-    scores = {
-        label: {seed: own[seed] for seed in tested_seeds[label] or own}
-        for label, own in recorded.items()
-    }
+    scores = {arm.label: _scores(arm, table.metric) for arm in table.arms}
     sign = 1 if table.metric in LOWER_IS_BETTER else -1
     ordered = sorted(
         table.arms,
         key=lambda arm: (not scores[arm.label], sign * _mean(scores[arm.label]), arm.label),
     )
     judged = [arm.label for arm in ordered if arm.label in found.intervals]
-    marks, best_group = _letters(found.pairs, judged), _best_group(found.pairs, judged)
+    marks, best_group = _letters(found.pairs, judged), _best_group(found.pairs, judged, sign)
     return [
         Row(
             arm=arm,
             figures=figures(arm),
             score=_mean(own) if (own := scores[arm.label]) else None,
-            scores=recorded[arm.label],
-            tested_seeds=tested_seeds[arm.label],
+            scores=own,
+            tested_seeds=found.seeds.get(arm.label, ()),
             seed_interval=seed_interval(np.array(list(own.values()))),
             interval=found.intervals.get(arm.label),
             letters=marks.get(arm.label, ""),
@@ -137,12 +132,15 @@ def _letters(pairs: Pairs, judged: list[str]) -> dict[str, str]:
     return {label: marks[number] for label, number in place.items()}
 
 
-def _best_group(pairs: Pairs, judged: list[str]) -> set[str]:
-    """The arm with the best score, and all that no test tells apart from it."""
+def _best_group(pairs: Pairs, judged: list[str], sign: int) -> set[str]:
+    """The arm with the best score, and all that no test puts behind it; `sign` is -1 where more is
+    better.
+    """
     if not judged:
         return set()
-    apart = {label for p in pairs.of(judged[0]) if p.is_separated for label in (p.a, p.b)}
-    return {judged[0], *(label for label in judged if label not in apart)}
+    of_best = [p for p in pairs.of(judged[0]) if p.is_separated]
+    behind = {p.b if p.a == judged[0] else p.a for p in of_best if sign * p.lead(judged[0]) < 0}
+    return {label for label in judged if label not in behind}
 
 
 def _scores(arm: Arm, metric: str) -> dict[int, float]:

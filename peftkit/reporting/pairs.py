@@ -25,7 +25,7 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two arms, by label; `difference` is the score of `a` less that of `b`."""
+    """Two arms, by label; `difference` is the score of `a` less that of `b`, over tested seeds."""
 
     a: str
     b: str
@@ -39,6 +39,10 @@ class Pair:
     covers_seeds: bool
     mcnemar: tuple[McNemar, ...]
     """One for each seed that both have; empty for other metrics than accuracy."""
+
+    def lead(self, label: str) -> float:
+        """The score of `label`, one of the two, less that of the other."""
+        return self.difference if label == self.a else -self.difference
 
     @property
     def is_separated(self) -> bool:

@@ -14,9 +14,7 @@ from peftkit.reporting.statistics import Interval
 
 @dataclass(frozen=True)
 class Row:
-    """One arm with its figures. `score` is the mean over the tested seeds, over all completed ones
-    if none is tested; None without a score.
-    """
+    """One arm with its figures. `score` is the mean over completed seeds, None without one."""
 
     arm: Arm
     figures: Figures
@@ -24,7 +22,7 @@ class Row:
     scores: dict[int, float]
     """Seed → score of that run, tested or not."""
     tested_seeds: tuple[int, ...]
-    """Those whose predictions can be used: `score`, intervals and tests are over them."""
+    """Those whose predictions can be used: `interval` and the tests are over them."""
     seed_interval: Interval | None
     """Over other seeds, on these examples; None: fewer than two seeds."""
     interval: Interval | None
@@ -40,6 +38,11 @@ class Row:
     def label(self) -> str:
         """What it is called in its table."""
         return self.arm.label
+
+    @property
+    def is_partly_tested(self) -> bool:
+        """Whether its tests are over fewer seeds than its score."""
+        return 0 < len(self.tested_seeds) < len(self.scores)
 
     @property
     def is_of_one_seed(self) -> bool:

@@ -109,7 +109,7 @@ def choice_view(table: "Table") -> View:
     for below, row in pairwise([None, *best_by_memory(table)]):
         assert row is not None
         pair = table.pairs.between(row.label, below.label) if below else None
-        told = NONE if below is None else "not tested" if pair is None else _told(pair)
+        told = NONE if below is None else _told_from_below(table, row, pair)
         sizes = (mib(row.figures.needed_bytes), mib(row.figures.resident_bytes))
         rows.append((*sizes, row.label, score(row.score), told))
     measures = ("live tensors from, MiB", "resident, MiB")
@@ -126,6 +126,13 @@ def best_by_memory(table: "Table") -> "list[Row]":
         if not found or sign * (row.score or 0) < sign * (found[-1].score or 0):
             found.append(row)
     return found
+
+
+def _told_from_below(table: "Table", row: "Row", pair: "Pair | None") -> str:
+    if pair is None:
+        return "not tested"
+    is_ahead = (pair.lead(row.label) > 0) == table.higher_is_better
+    return _told(pair) if is_ahead or not pair.is_separated else "no: behind by the tested seeds"
 
 
 def _told(pair: "Pair") -> str:
@@ -203,7 +210,7 @@ def _full_interval(row: "Row") -> str:
 
 
 def _seed_interval(row: "Row") -> str:
-    return "one seed" if len(row.tested_seeds or row.scores) == 1 else interval(row.seed_interval)
+    return "one seed" if len(row.scores) == 1 else interval(row.seed_interval)
 
 
 def _peak_column(header: str, phase: str, kind: str) -> _Column:

@@ -5,6 +5,7 @@ Called by the documents and the command line; imports the results.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from peftkit.reporting.conditions import is_sample
@@ -114,17 +115,27 @@ def _verdict(table: "Table", tested: list["Row"]) -> str:
         return (
             f"{shown} (95% interval {interval(best.interval)}); there is nothing to compare it to."
         )
-    group = [row.label for row in tested if row.in_best_group]
-    behind = [row.label for row in tested if not row.in_best_group]
-    if not behind:
-        if len(tested) == 2:
-            return f"{shown}, but {group[1]} cannot be told apart from it."
-        return f"{shown}, but none of the other {len(group) - 1} can be told apart from it."
     against = pairs_with_best(table)
-    ahead = _ahead({label: against[label] for label in behind})
-    if len(group) == 1:
-        return f"{shown}: {ahead}."
-    return f"{shown}: {ahead} and cannot be told apart from {listed(group[1:])}."
+    group = {row.label for row in tested if row.in_best_group}
+    behind = {row.label: against[row.label] for row in tested if row.label not in group}
+    contrary = {label: p for label, p in against.items() if label in group and p.is_separated}
+    level = [row.label for row in tested[1:] if row.label in group and row.label not in contrary]
+    told = _told(behind, level, len(tested))
+    if contrary:
+        told += f". By the tested seeds alone {_behind(contrary)} would be ahead of it"
+    return f"{shown}{told}."
+
+
+def _told(behind: "dict[str, Pair]", level: list[str], count: int) -> str:
+    """Of the best of `count` rows: what it is ahead of, and what cannot be told apart from it."""
+    if behind:
+        apart = f" and cannot be told apart from {listed(level)}" if level else ""
+        return f": {_ahead(behind)}{apart}"
+    if len(level) == 1:
+        return f", but {level[0]} cannot be told apart from it"
+    if len(level) == count - 1:
+        return f", but none of the other {len(level)} can be told apart from it"
+    return f", but {listed(level)} cannot be told apart from it" if level else ""
 
 
 def _ahead(against: "dict[str, Pair]") -> str:
@@ -218,12 +229,12 @@ def _nearest(table: "Table") -> str:
 
 
 def _partly_tested(tested: list["Row"]) -> list[str]:
-    """Rows that speak of fewer runs than have a score."""
+    """Rows whose tests speak of fewer runs than their score."""
     parts = [
-        f"{row.label}: score and tests are over {len(row.tested_seeds)} of {len(row.scores)} seeds "
-        f"(the mean of all is {score(sum(row.scores.values()) / len(row.scores))})"
+        f"{row.label}: tests over {len(row.tested_seeds)} of {len(row.scores)} seeds "
+        f"(their mean is {score(fmean(row.scores[seed] for seed in row.tested_seeds))})"
         for row in tested
-        if len(row.tested_seeds) < len(row.scores)
+        if row.is_partly_tested
     ]
     return [f"The predictions of some runs cannot be used. {listed(parts)}."] if parts else []
 
