@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_CURVES: Final = 12
 MAX_BARS: Final = 40
+BESIDE_NOTE: Final = f"{BESIDE} Some of these times were taken beside another run on the machine."
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _paretos(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> l
         points = _points(table, anchors, labels, (axis, value))
         if points:
             cost = Cost(axis, words(table.metric), table.higher_is_better)
-            note = beside_sentence(table).removeprefix(f"{BESIDE} ") if value is _minutes else ""
+            note = BESIDE_NOTE if value is _minutes and beside_sentence(table) else ""
             charts.append(Chart(title, pareto(points, cost), note, "pareto"))
     return charts
 

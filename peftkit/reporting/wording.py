@@ -52,10 +52,12 @@ def beside_sentence(table: "Table") -> str:
     if not beside:
         return ""
     rows = [row.label for row in table.rows if row.figures.runs_beside_another]
+    has_steadier = any(f.train_cpu_seconds for f in figures)
+    steadier = " Processor seconds suffer less." if has_steadier else ""
     return (
         f"{BESIDE} During {plural(beside, 'run')} of {listed(rows)} another run was at work on the "
         "same machine: their wall seconds, and what is made of them (throughput, cost), are not "
-        "those of a run on its own. Processor seconds suffer less."
+        f"those of a run on its own.{steadier}"
     )
 
 
