@@ -35,7 +35,7 @@ def recorded_score(run: Run, metric: str) -> float | None:
 def answers_of(table: ArmTable, problems: list[Problem]) -> Answers:
     """Columns of every completed run whose file can be read and agrees; a line for each other."""
     agreeing: list[tuple[Run, Columns]] = []
-    for run in (run for arm in table.arms for run in arm.completed if run.record):
+    for run in (run for arm in table.arms for run in arm.completed):
         columns = _read(run, problems)
         if columns is None:
             continue

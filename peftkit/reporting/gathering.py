@@ -39,7 +39,7 @@ class Run:
     @property
     def is_completed(self) -> bool:
         """Whether its scores may be compared."""
-        return self.status == "completed"
+        return self.status == "completed" and self.record is not None
 
 
 @dataclass(frozen=True)

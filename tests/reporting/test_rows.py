@@ -48,6 +48,15 @@ def test_a_completed_run_is_not_replaced_by_one_that_did_not_complete(tmp_path, 
     assert f"seed 0: {status}, not counted" in page(comparison)
 
 
+def test_a_launch_that_calls_itself_completed_replaces_no_record(tmp_path):
+    write_arm(tmp_path, "lora", 0.9)
+    content = {"recipe": "lora", "seed": 0, "status": "completed", "error": None}
+    (tmp_path / "launched").mkdir()
+    (tmp_path / "launched" / "launch.json").write_text(json.dumps(content))
+    (row,) = table_of(tmp_path).rows
+    assert row.tested_seeds == (0, 1, 2)
+
+
 def test_of_runs_that_did_not_complete_the_newest_counts(tmp_path):
     write_run(tmp_path / "a", unfinished("failed"))
     write_run(tmp_path / "b", unfinished("interrupted"))
