@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from peftkit import yaml_source
+from peftkit.cli.report import MAX_PRICE
 from peftkit.errors import RecipeError, UsageError
 from peftkit.recipe import Recipe, load_recipe
 from peftkit.recipe_problems import Wording
@@ -43,7 +44,7 @@ class ComparisonPlan(Section):
     """Folder of the runs and of the report; a relative path counts from the current folder."""
     jobs: int = Field(default=1, ge=1)
     """Runs side by side."""
-    price_per_hour: float | None = Field(default=None, ge=0.0)
+    price_per_hour: float | None = Field(default=None, ge=0.0, le=MAX_PRICE)
     """Of this machine, in any currency."""
 
     @field_validator("recipes")

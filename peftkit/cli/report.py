@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: peftkit report runs benchmarks/results/runs --out comparison"
 DEFAULT_OUT = Path("comparison")
+MAX_PRICE = 1e9
+"""Keeps infinity out, and any cost a finite number."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,7 +26,11 @@ def add_to(app: typer.Typer) -> None:
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, searched all the way.")
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="Folders of runs, searched all the way; a record.json is its folder.",
+        ),
     ],
     *,
     out: Annotated[
@@ -32,7 +38,12 @@ def report(
     ] = DEFAULT_OUT,
     price_per_hour: Annotated[
         float | None,
-        typer.Option("--price-per-hour", min=0, help="Of the machine: adds the cost of a run."),
+        typer.Option(
+            "--price-per-hour",
+            min=0,
+            max=MAX_PRICE,
+            help="Of the machine: adds the cost of a run.",
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -60,7 +71,7 @@ def report(
 def print_comparison(comparison: "Comparison") -> None:
     """Each table in short, and below it what it comes to."""
     from peftkit.reporting.tables import short_view
-    from peftkit.reporting.wording import condition_sentence, summary_sentences
+    from peftkit.reporting.wording import beside_sentence, condition_sentence, summary_sentences
 
     for table in comparison.tables:
         print(f"{table.title}: {table.metric}")
@@ -69,4 +80,6 @@ def print_comparison(comparison: "Comparison") -> None:
             print(f"[{condition.letter}] {condition.condition}: {values}")
         view = short_view(table)
         print_table(view.headers, view.rows, numbers=set(range(len(view.headers))) - view.texts)
+        if beside := beside_sentence(table):
+            print(beside)
         print("\n".join(summary_sentences(table)), end="\n\n")

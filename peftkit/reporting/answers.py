@@ -18,31 +18,40 @@ from peftkit.reporting.scores import Columns
 TOLERANCE = 1e-4
 """Scores are ratios of counts; a loss is summed in float32."""
 
+MAX_SCORE = 1e100
+"""The variance of larger ones is no number."""
+
 Answers = dict[int, Columns]
 """`id(run)` → its columns, each (N,)."""
 
 
 def recorded_score(run: Run, metric: str) -> float | None:
-    """The validation score that the record holds; None: none, or not finite."""
+    """The validation score that the record holds; None: none, or not finite, or beyond use."""
     scores = run.record.metrics.get("validation", {}) if run.record else {}
     score = scores.get(metric, math.nan)
-    return score if math.isfinite(score) else None
+    return score if abs(score) < MAX_SCORE else None
 
 
 def answers_of(table: ArmTable, problems: list[Problem]) -> Answers:
     """Columns of every completed run whose file can be read and agrees; a line for each other."""
-    found: Answers = {}
-    first: Columns | None = None
+    agreeing: list[tuple[Run, Columns]] = []
     for run in (run for arm in table.arms for run in arm.completed):
         columns = _read(run, problems)
         if columns is None:
             continue
-        first = first or columns
-        if reason := _disagreement(run, table.metric, columns, first):
+        if reason := _disagreement(run, table.metric, columns):
             problems.append(_left_out(run, reason))
         else:
-            found[id(run)] = columns
-    return found
+            agreeing.append((run, columns))
+    if not agreeing:
+        return {}
+    usual = _usual([columns for _, columns in agreeing])
+    problems += [
+        _left_out(run, "its labels are not those of the other runs on this data")
+        for run, columns in agreeing
+        if not _same_examples(columns, usual)
+    ]
+    return {id(run): columns for run, columns in agreeing if _same_examples(columns, usual)}
 
 
 def example_count(columns: Columns) -> int:
@@ -67,13 +76,25 @@ def _left_out(run: Run, reason: str) -> Problem:
     return Problem(str(run.folder), f"{reason}; it is in no test", is_unreadable=False)
 
 
-def _disagreement(run: Run, metric: str, columns: Columns, first: Columns) -> str | None:
-    """Why these answers cannot be tested against the others; None: they can."""
+def _usual(found: list[Columns]) -> Columns:
+    """Columns on the examples that most runs have; of as many, those that come first."""
+    kinds: list[Columns] = []
+    counts: list[int] = []
+    for columns in found:
+        alike = (place for place, kind in enumerate(kinds) if _same_examples(columns, kind))
+        place = next(alike, len(kinds))
+        if place == len(kinds):
+            kinds.append(columns)
+            counts.append(0)
+        counts[place] += 1
+    return kinds[counts.index(max(counts))]
+
+
+def _disagreement(run: Run, metric: str, columns: Columns) -> str | None:
+    """Why these answers are not those that were scored; None: they are."""
     recorded = recorded_score(run, metric)
     if recorded is None:
         return f"its {metric} on validation is missing or not finite"
-    if not _same_examples(columns, first):
-        return "its labels are not those of the other runs on this data"
     found = recomputed(metric, columns)
     if found is None:
         return f"{metric} cannot be recomputed from its predictions"

@@ -31,7 +31,7 @@ class Arm:
     runs: tuple[Run, ...]
     """By seed."""
     superseded: tuple[Run, ...] = ()
-    """Older runs of a seed that is there."""
+    """Other runs of a seed that is there: older ones, and those that did not complete."""
 
     @property
     def completed(self) -> list[Run]:
@@ -71,10 +71,15 @@ def tables_of(runs: Sequence[Run], problems: list[Problem]) -> list[ArmTable]:
     ]
 
 
+def section(recipe: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """One section of a resolved recipe; empty if a record holds something else in its place."""
+    found = (recipe or {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def leading_metric(run: Run) -> str:
     """The first metric of its recipe's task, or what its record has first, or the loss."""
-    task = (run.recipe or {}).get("task")
-    named = task.get("metrics") if isinstance(task, dict) else None
+    named = section(run.recipe, "task").get("metrics")
     if isinstance(named, list) and named and isinstance(named[0], str):
         return named[0]
     scores = run.record.metrics.get("validation", {}) if run.record else {}
@@ -149,16 +154,27 @@ def _arms(runs: Sequence[Run], problems: list[Problem]) -> tuple[Arm, ...]:
 def _arm(runs: list[Run], problems: list[Problem]) -> Arm:
     kept: dict[int, Run] = {}
     superseded = []
-    for run in sorted(runs, key=_finished):
+    # What a later attempt did not reach takes nothing from a run that was completed.
+    for run in sorted(runs, key=lambda run: (run.is_completed, _finished(run))):
         if run.seed in kept:
             superseded.append(kept[run.seed])
         kept[run.seed] = run
-    for run in superseded:
-        text = f"seed {run.seed} of {run.name} was run again; {kept[run.seed].folder} is newer"
-        problems.append(Problem(str(run.folder), text, is_unreadable=False))
+    problems += [
+        Problem(str(run.folder), _replaced(run, kept[run.seed]), is_unreadable=False)
+        for run in superseded
+    ]
     recipe = next((run.recipe for run in runs if run.recipe is not None), None)
     ordered = tuple(kept[seed] for seed in sorted(kept))
     return Arm(runs[0].name, runs[0].name, recipe, ordered, tuple(superseded))
+
+
+def _replaced(run: Run, by: Run) -> str:
+    """Why a run of a seed does not count."""
+    again = f"seed {run.seed} of {run.name} was run again"
+    if by.is_completed and not run.is_completed and _finished(run) > _finished(by):
+        status = run.status.replace("_", " ")
+        return f"{again} and ended {status}; the completed run {by.folder} counts"
+    return f"{again}; {by.folder} is newer"
 
 
 def _finished(run: Run) -> datetime:

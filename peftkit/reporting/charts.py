@@ -13,12 +13,15 @@ from peftkit.reporting.figure_text import MIB, interval, score, words
 from peftkit.reporting.figures import PHASES
 from peftkit.reporting.memory_bars import Bar, memory_bars
 from peftkit.reporting.pareto import Cost, Point, pareto
+from peftkit.reporting.tables import BESIDE
+from peftkit.reporting.wording import beside_sentence
 
 if TYPE_CHECKING:
     from peftkit.reporting.results import Row, Table
 
 MAX_CURVES: Final = 12
 MAX_BARS: Final = 40
+BESIDE_NOTE: Final = f"{BESIDE} Some of these times were taken beside another run on the machine."
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def short_labels(labels: Sequence[str]) -> list[str]:
 
 def _paretos(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> list[Chart]:
     costs: list[tuple[str, str, Callable[[Row], float | None]]] = [
-        ("Score and memory", "peak memory of a training step, MiB", _peak_mib),
+        ("Score and memory", "peak of live tensors in a training step, MiB", _peak_mib),
         ("Score and time", "training time, minutes", _minutes),
         ("Score and delta size", "size of the delta, MiB", _delta_mib),
     ]
@@ -60,7 +63,8 @@ def _paretos(table: "Table", anchors: Sequence[str], labels: Sequence[str]) -> l
         points = _points(table, anchors, labels, (axis, value))
         if points:
             cost = Cost(axis, words(table.metric), table.higher_is_better)
-            charts.append(Chart(title, pareto(points, cost), "", "pareto"))
+            note = BESIDE_NOTE if value is _minutes and beside_sentence(table) else ""
+            charts.append(Chart(title, pareto(points, cost), note, "pareto"))
     return charts
 
 
@@ -89,7 +93,8 @@ def _points(
         cost = value(row)
         if row.score is None or not cost:
             continue
-        bounds = row.interval or row.seed_interval
+        # An interval over other seeds than the score's may lie beside it.
+        bounds = (None if row.is_partly_tested else row.interval) or row.seed_interval
         around = f" ({interval(bounds)})" if bounds else ""
         tip = f"{row.label}: {words(table.metric)} {score(row.score)}{around} at {cost:,.4g} {unit}"
         found.append(Point(place, anchors[place], labels[place], tip, cost, row.score, bounds))

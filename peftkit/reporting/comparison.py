@@ -5,7 +5,7 @@ line's `report` and `compare`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from peftkit.reporting.answers import Answers, answers_of, recorded_score
-from peftkit.reporting.arms import Arm, ArmTable, tables_of
+from peftkit.reporting.arms import Arm, ArmTable, section, tables_of
 from peftkit.reporting.conditions import Difference, differences
-from peftkit.reporting.figures import figures_of, shared_machine
+from peftkit.reporting.figures import Figures, figures_of, shared_machine
 from peftkit.reporting.gathering import Problem, gather
 from peftkit.reporting.groups import MAX_ARMS, letters
 from peftkit.reporting.pairs import Pairs
@@ -78,7 +78,7 @@ def _table(
 ) -> Table:
     found = tested(table, answers)
     conditions = differences(table.arms, shared)
-    rows = _rows(table, found, conditions, price_per_hour)
+    rows = _rows(table, found, conditions, lambda arm: figures_of(arm, price_per_hour, shared))
     records = [run.record for arm in table.arms for run in arm.runs if run.record]
     return Table(
         title=_title(table),
@@ -97,7 +97,7 @@ def _rows(
     table: ArmTable,
     found: Tested,
     conditions: list[Difference],
-    price_per_hour: float | None,
+    figures: Callable[[Arm], Figures],
 ) -> list[Row]:
     scores = {arm.label: _scores(arm, table.metric) for arm in table.arms}
     sign = 1 if table.metric in LOWER_IS_BETTER else -1
@@ -106,13 +106,14 @@ def _rows(
         key=lambda arm: (not scores[arm.label], sign * _mean(scores[arm.label]), arm.label),
     )
     judged = [arm.label for arm in ordered if arm.label in found.intervals]
-    marks, best_group = _letters(found.pairs, judged), _best_group(found.pairs, judged)
+    marks, best_group = _letters(found.pairs, judged), _best_group(found.pairs, judged, sign)
     return [
         Row(
             arm=arm,
-            figures=figures_of(arm, price_per_hour),
+            figures=figures(arm),
             score=_mean(own) if (own := scores[arm.label]) else None,
             scores=own,
+            tested_seeds=found.seeds.get(arm.label, ()),
             seed_interval=seed_interval(np.array(list(own.values()))),
             interval=found.intervals.get(arm.label),
             letters=marks.get(arm.label, ""),
@@ -131,12 +132,15 @@ def _letters(pairs: Pairs, judged: list[str]) -> dict[str, str]:
     return {label: marks[number] for label, number in place.items()}
 
 
-def _best_group(pairs: Pairs, judged: list[str]) -> set[str]:
-    """The arm with the best score, and all that no test tells apart from it."""
+def _best_group(pairs: Pairs, judged: list[str], sign: int) -> set[str]:
+    """The arm with the best score, and all that no test puts behind it; `sign` is -1 where more is
+    better.
+    """
     if not judged:
         return set()
-    apart = {label for p in pairs.of(judged[0]) if p.is_separated for label in (p.a, p.b)}
-    return {judged[0], *(label for label in judged if label not in apart)}
+    of_best = [p for p in pairs.of(judged[0]) if p.is_separated]
+    behind = {p.b if p.a == judged[0] else p.a for p in of_best if sign * p.lead(judged[0]) < 0}
+    return {label for label in judged if label not in behind}
 
 
 def _scores(arm: Arm, metric: str) -> dict[int, float]:
@@ -151,8 +155,8 @@ def _mean(scores: dict[int, float]) -> float:
 def _title(table: ArmTable) -> str:
     """The data set in the words of the recipes."""
     for arm in table.arms:
-        task = (arm.recipe or {}).get("task", {})
-        if isinstance(task, dict) and task.get("dataset"):
+        task = section(arm.recipe, "task")
+        if task.get("dataset"):
             parts = [task["dataset"], task.get("dataset_config"), task.get("validation_split")]
             return " ".join(str(part) for part in parts if part)
     return "data unknown" if table.digest is None else f"data {table.digest[7:15]}"

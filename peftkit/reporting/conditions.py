@@ -1,16 +1,17 @@
-"""What differs between the arms of a table besides what is compared: the fairness notes.
+"""What differs between the runs of a table besides what is compared: the fairness notes.
 
 Called by the comparison; imports the arms. The method's section and the learning rate are meant to
 differ. Every other key of the recipe, and everything around the run, is a condition.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any, Final
 
-from peftkit.reporting.arms import Arm, flat
+from peftkit.reporting.arms import Arm, flat, section
+from peftkit.reporting.figure_text import listed
 from peftkit.reporting.gathering import Run
 from peftkit.reporting.record import RunRecord
 
@@ -44,18 +45,25 @@ WORDS: Final = {
     "base.name": "base model",
 }
 DIGEST_DIGITS: Final = 8
+SHARED_MACHINE: Final = "another run at the same time"
+"""Said even if it holds for all runs alike: their seconds are then those of no run on its own."""
+
+Values = dict[str, dict[str, list[int]]]
+"""Label → value in words → seeds of its runs with it."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One condition that is not the same for all arms."""
+    """One condition that is not the same for all runs."""
 
     letter: str
     condition: str
     values: dict[str, list[str]]
-    """Value in words → labels of the arms with it, the most common value first."""
+    """Value in words → labels of the arms with it, the most common value first. Where the runs of
+    an arm have several, its value names them all, with their seeds."""
     marked: list[str]
-    """Labels of the arms that do not have the most common value; all, if none is most common."""
+    """Labels of the arms that do not have the most common value, or more than one; all, if none is
+    most common. Of a machine that was shared, those that shared it."""
 
 
 def differences(arms: Sequence[Arm], shared_machine: set[int]) -> list[Difference]:
@@ -66,7 +74,7 @@ def differences(arms: Sequence[Arm], shared_machine: set[int]) -> list[Differenc
     found = [
         (condition, values)
         for condition, values in _conditions(arms, shared_machine)
-        if len(set(values.values())) > 1
+        if _is_worth_a_line(condition, values)
     ]
     return [
         _difference(footnote(number), condition, values)
@@ -82,61 +90,94 @@ def footnote(number: int) -> str:
 
 def effective_batch(run: Run) -> int | None:
     """Examples in one optimizer step, over all accumulation steps and processes."""
-    training = (run.recipe or {}).get("training", {})
-    sizes = [training.get(key) for key in SIZES]
+    training = section(run.recipe, "training")
+    sizes: list[Any] = [training.get(key) for key in SIZES]
     if run.record is None or not all(isinstance(size, int) for size in sizes):
         return None
     return int(sizes[0] * sizes[1] * run.record.processes)
 
 
-def _difference(letter: str, condition: str, values: dict[str, str]) -> Difference:
+def is_sample(record: RunRecord) -> bool | None:
+    """Whether any input was a stand-in; None: it ended before its data was read."""
+    return record.stand_in or (None if record.origins.data is None else False)
+
+
+def _is_worth_a_line(condition: str, values: Values) -> bool:
+    distinct = {value for own in values.values() for value in own}
+    return len(distinct) > 1 or (condition == SHARED_MACHINE and "yes" in distinct)
+
+
+def _difference(letter: str, condition: str, values: Values) -> Difference:
     by_value: dict[str, list[str]] = defaultdict(list)
-    for label, value in values.items():
-        by_value[value].append(label)
+    for label, own in values.items():
+        by_value[_by_seed(own)].append(label)
     ranked = sorted(by_value, key=lambda value: -len(by_value[value]))
-    first, second = (len(by_value[value]) for value in ranked[:2])
-    common = ranked[0] if first > second else None
-    marked = [label for label, value in values.items() if value != common]
+    sizes = [len(by_value[value]) for value in ranked]
+    common = set(by_value[ranked[0]]) if sizes[1:] and sizes[0] > sizes[1] else set()
+    marked = [label for label, own in values.items() if label not in common or len(own) > 1]
+    if condition == SHARED_MACHINE:
+        marked = [label for label, own in values.items() if "yes" in own]
     return Difference(letter, condition, {value: by_value[value] for value in ranked}, marked)
 
 
-def _conditions(
-    arms: Sequence[Arm], shared_machine: set[int]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Condition → label → value in words; arms that cannot tell are left out."""
-    yield "seeds", {arm.label: ", ".join(str(run.seed) for run in arm.runs) for arm in arms}
+def _by_seed(own: dict[str, list[int]]) -> str:
+    """`bf16`, or `bf16 (seed 0), no (seeds 1 and 2)`."""
+    if len(own) == 1:
+        return next(iter(own))
+    return ", ".join(
+        f"{value} ({'seed' if len(seeds) == 1 else 'seeds'} {listed([str(s) for s in seeds])})"
+        for value, seeds in own.items()
+    )
+
+
+def _conditions(arms: Sequence[Arm], shared_machine: set[int]) -> Iterator[tuple[str, Values]]:
+    """Arms that cannot tell are left out."""
+    yield "seeds", {arm.label: {", ".join(str(run.seed) for run in arm.runs): []} for arm in arms}
     yield "training data", _training_data(arms)
     for condition, value in _of_a_run(shared_machine).items():
-        yield condition, _by_label(arms, value)
+        yield condition, _by_label(arms, value, knows=_has(value))
     recorded = [run.record for arm in arms for run in arm.runs if run.record]
     for library in sorted({name for record in recorded for name in record.libraries}):
-        yield f"version of {library}", _by_label(arms, _version(library))
+        yield f"version of {library}", _by_label(arms, _version(library), knows=_has_record)
     for size in SIZES:
         words = WORDS[f"training.{size}"]
-        yield words, _by_label(arms, _used(size), needs_record=False)
+        yield words, _by_label(arms, _used(size), knows=_has_recipe)
     for key in _recipe_keys(arms):
-        yield WORDS.get(key, key), _by_label(arms, _key(key), needs_record=False)
+        yield WORDS.get(key, key), _by_label(arms, _key(key), knows=_has_recipe)
 
 
 def _by_label(
-    arms: Sequence[Arm], value: Callable[[Run], Any], *, needs_record: bool = True
-) -> dict[str, str]:
-    """The distinct values of an arm's runs, in words; arms whose runs have none are left out."""
-    found = {}
+    arms: Sequence[Arm], value: Callable[[Run], Any], *, knows: Callable[[Run], bool]
+) -> Values:
+    """The distinct values of an arm's runs; runs that do not know theirs are left out."""
+    found: Values = {}
     for arm in arms:
-        runs = [run for run in arm.runs if run.record] if needs_record else arm.runs
-        values = [value(run) for run in runs if needs_record or run.recipe is not None]
-        if shown := sorted({_worded(v) for v in values}):
-            found[arm.label] = " and ".join(shown)
+        for run in filter(knows, arm.runs):
+            own = found.setdefault(arm.label, {})
+            own.setdefault(_worded(value(run)), []).append(run.seed)
     return found
 
 
+def _has(value: Callable[[Run], Any]) -> Callable[[Run], bool]:
+    return lambda run: value(run) is not None
+
+
+def _has_record(run: Run) -> bool:
+    return run.record is not None
+
+
+def _has_recipe(run: Run) -> bool:
+    return run.recipe is not None
+
+
 def _of_a_run(shared_machine: set[int]) -> dict[str, Callable[[Run], Any]]:
+    """None: the run did not get as far, or left no record."""
+
     def of(read: Callable[[RunRecord], Any]) -> Callable[[Run], Any]:
         return lambda run: read(run.record) if run.record else None
 
     return {
-        "sample data": of(lambda record: record.stand_in),
+        "sample data": of(is_sample),
         "effective batch": effective_batch,
         "precision": of(lambda record: record.mixed_precision),
         "number of learning rates tried": of(lambda record: len(record.learning_rates_tried)),
@@ -148,7 +189,7 @@ def _of_a_run(shared_machine: set[int]) -> dict[str, Callable[[Run], Any]]:
         "begun with weights of a training before": of(
             lambda record: record.weights_from_step is not None
         ),
-        "another run at the same time": lambda run: id(run.record) in shared_machine,
+        SHARED_MACHINE: of(lambda record: id(record) in shared_machine),
         "commit": of(_commit),
     }
 
@@ -186,22 +227,22 @@ def _recipe_keys(arms: Sequence[Arm]) -> list[str]:
     return [key for key in kept if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
 
 
-def _training_data(arms: Sequence[Arm]) -> dict[str, str]:
+def _training_data(arms: Sequence[Arm]) -> Values:
     """Seed by seed, where a seed had several: what is held out of train hangs on the seed."""
-    digests: dict[int, Counter[str]] = defaultdict(Counter)
+    digests: dict[int, set[str]] = defaultdict(set)
     own: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for arm in arms:
         for run in arm.runs:
             digest = run.record.digests.data_train if run.record else None
             if digest is not None:
-                digests[run.seed][digest] += 1
+                digests[run.seed].add(digest)
                 own[arm.label].append((run.seed, digest))
-    contested = {seed for seed, counter in digests.items() if len(counter) > 1}
-    return {
-        label: ", ".join(f"{_short(digest)} for seed {s}" for s, digest in found if s in contested)
+    contested = {seed for seed, found in digests.items() if len(found) > 1}
+    told = {
+        label: [f"{_short(digest)} for seed {s}" for s, digest in found if s in contested]
         for label, found in own.items()
-        if any(s in contested for s, _ in found)
     }
+    return {label: {", ".join(parts): []} for label, parts in told.items() if parts}
 
 
 def _commit(record: RunRecord) -> str:

@@ -23,7 +23,7 @@ from peftkit.reporting.tables import (
     reason_of,
     result_view,
 )
-from peftkit.reporting.wording import condition_sentence, summary_sentences
+from peftkit.reporting.wording import beside_sentence, condition_sentence, summary_sentences
 from peftkit.staging import write_file
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def markdown(comparison: "Comparison") -> str:
         if (choices := choice_view(table)).rows:
             parts += ["### What to take at a given memory", _grid(choices)]
         parts += [_grid(result_view(table))]
-        if any(len(row.scores) == 1 for row in table.rows):
+        parts += [_escaped(beside)] if (beside := beside_sentence(table)) else []
+        if any(row.is_of_one_seed for row in table.rows):
             parts += ["\\* one seed: the interval covers the draw of examples only."]
         parts += ["### Peak memory by phase, MiB", _grid(memory_view(table))]
         if table.pairs:
@@ -141,6 +142,7 @@ def _arm(row: "Row") -> dict[str, Any]:
         "name": row.arm.name,
         "score": row.score,
         "scores": {str(seed): score for seed, score in row.scores.items()},
+        "tested_seeds": list(row.tested_seeds),
         "seed_interval": row.seed_interval and list(row.seed_interval),
         "interval": row.interval and list(row.interval),
         "letters": row.letters,
@@ -256,7 +258,7 @@ def _csv_costs(run: "Run") -> dict[str, Any]:
 
 def _conditions(table: "Table") -> list[str]:
     if not table.conditions:
-        return ["All rows were made under the same conditions."]
+        return ["All runs were made under the same conditions."]
     lines = [
         f"- [{c.letter}] {_escaped(c.condition)}: "
         f"{_escaped(condition_sentence(c.values, len(table.rows)))}"

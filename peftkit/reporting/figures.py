@@ -6,6 +6,7 @@ throughputs the mean. None: no run of the arm has the figure.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +24,9 @@ class Figures:
     memory: dict[str, dict[str, int | None]]
     """Phase → kind → the highest peak."""
     predicted: dict[str, int | None]
-    """Phase → what the planner expected of `allocated_bytes`."""
+    """Phase → the most that the planner expected of `allocated_bytes`."""
+    prediction_errors: dict[str, float | None]
+    """Phase → predicted over measured peak less 1, of the run in which it is farthest from 0."""
     train_seconds: float | None
     train_cpu_seconds: float | None
     eval_seconds: float | None
@@ -32,6 +35,8 @@ class Figures:
     trainable_parameters: int | None
     total_parameters: int | None
     delta_bytes: int | None
+    runs_beside_another: int
+    """Runs of which `shared_machine` says that they were: their wall seconds are too long."""
     statuses: dict[str, int]
     cost: float | None
     """Of one run, training and evaluation; None also without a price."""
@@ -42,19 +47,33 @@ class Figures:
         return self.memory["train_step"]["allocated_bytes"]
 
     @property
+    def needed_bytes(self) -> int | None:
+        """Highest measured peak of live tensors in any phase: what a budget must hold."""
+        return _largest([peaks["allocated_bytes"] for peaks in self.memory.values()])
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Highest measured peak of the whole process in any phase."""
+        return _largest([peaks["resident_bytes"] for peaks in self.memory.values()])
+
+    @property
     def prediction_error(self) -> float | None:
-        """Predicted over measured peak of a training step, less 1."""
-        predicted, measured = self.predicted["train_step"], self.peak_bytes
-        return predicted / measured - 1 if predicted and measured else None
+        """That of a training step."""
+        return self.prediction_errors["train_step"]
 
     def as_json(self) -> dict[str, Any]:
-        """All fields and the two that are computed."""
-        computed = {"peak_bytes": self.peak_bytes, "prediction_error": self.prediction_error}
-        return vars(self) | computed
+        """All fields and those that are computed."""
+        computed = ("peak_bytes", "needed_bytes", "resident_bytes", "prediction_error")
+        return vars(self) | {name: getattr(self, name) for name in computed}
 
 
-def figures_of(arm: Arm, price_per_hour: float | None) -> Figures:
-    """Of the completed runs; of all, as far as they got, where none is completed."""
+def figures_of(
+    arm: Arm, price_per_hour: float | None, beside_another: AbstractSet[int] = frozenset()
+) -> Figures:
+    """Of the completed runs; of all, as far as they got, where none is completed.
+
+    `beside_another` is what `shared_machine` found.
+    """
     records = [run.record for run in arm.completed or arm.runs if run.record]
     train, evaluation = (
         _mean(records, lambda r: r.seconds.train),
@@ -63,6 +82,7 @@ def figures_of(arm: Arm, price_per_hour: float | None) -> Figures:
     return Figures(
         memory={phase: {kind: _peak(records, phase, kind) for kind in KINDS} for phase in PHASES},
         predicted={phase: _predicted(records, phase) for phase in PHASES},
+        prediction_errors={phase: _worst_error(records, phase) for phase in PHASES},
         train_seconds=train,
         train_cpu_seconds=_mean(records, lambda r: r.seconds.train_cpu),
         eval_seconds=evaluation,
@@ -71,6 +91,7 @@ def figures_of(arm: Arm, price_per_hour: float | None) -> Figures:
         trainable_parameters=_largest([r.trainable_parameters for r in records]),
         total_parameters=_largest([r.total_parameters for r in records]),
         delta_bytes=_largest([r.delta_bytes for r in records]),
+        runs_beside_another=sum(id(record) in beside_another for record in records),
         statuses=dict(Counter(run.status for run in arm.runs)),
         cost=_cost(train, evaluation, price_per_hour),
     )
@@ -101,6 +122,16 @@ def _peak(records: Sequence[RunRecord], phase: Phase, kind: str) -> int | None:
 
 def _predicted(records: Sequence[RunRecord], phase: Phase) -> int | None:
     return _largest([(r.predicted_allocated_bytes or {}).get(phase) for r in records])
+
+
+def _worst_error(records: Sequence[RunRecord], phase: Phase) -> float | None:
+    errors = []
+    for record in records:
+        predicted = (record.predicted_allocated_bytes or {}).get(phase)
+        measured = record.memory[phase].allocated_bytes if phase in record.memory else None
+        if predicted and measured:
+            errors.append(predicted / measured - 1)
+    return max(errors, key=abs, default=None)
 
 
 def _largest(values: Sequence[int | None]) -> int | None:

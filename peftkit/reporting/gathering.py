@@ -39,7 +39,7 @@ class Run:
     @property
     def is_completed(self) -> bool:
         """Whether its scores may be compared."""
-        return self.status == "completed"
+        return self.status == "completed" and self.record is not None
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,28 @@ def _run_folders(folders: Sequence[Path], problems: list[Problem]) -> Iterator[P
     for folder in folders:
         found = _below(folder)
         if not found:
-            what = f"no {RECORD_FILE} at or below it" if folder.is_dir() else "no such folder"
-            problems.append(Problem(str(folder), what))
+            problems.append(Problem(str(folder), _why_nothing(folder)))
         for path in found:
             if (resolved := path.resolve()) not in known:
                 known.add(resolved)
                 yield path
 
 
+def _why_nothing(folder: Path) -> str:
+    if folder.is_dir():
+        return f"no {RECORD_FILE} at or below it"
+    if folder.exists():
+        return "is no folder; name that of a run or one above it"
+    return "no such folder"
+
+
 def _below(folder: Path) -> list[Path]:
-    """Folders of runs; hidden ones (files in the making) and checkpoints are not entered."""
+    """Folders of runs; hidden ones (files in the making) and checkpoints are not entered.
+
+    A run's own file stands for its folder.
+    """
+    if folder.name in (RECORD_FILE, LAUNCH_FILE) and folder.is_file():
+        return [folder.parent]
     found = []
     for path, inner, files in os.walk(folder):
         inner[:] = sorted(name for name in inner if name[0] != "." and name != "checkpoints")
@@ -146,7 +158,7 @@ def _launch(folder: Path) -> Run:
         )
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise RunError(f"{path}: needs recipe, seed, status and error as a JSON object") from None
 
 

@@ -22,9 +22,10 @@ from peftkit.reporting.tables import (
     result_view,
 )
 from peftkit.reporting.wording import (
-    SAMPLE_SENTENCE,
     ConditionGroup,
+    beside_sentence,
     condition_groups,
+    sample_sentence,
     summary_sentences,
 )
 
@@ -69,6 +70,8 @@ class TablePart:
     marks: list[tuple[str, int, int, bool, tuple[str, ...]]]
     """Of each row: anchor, colour, shape, whether in the best group, notes."""
     has_single_seeds: bool
+    beside: str
+    """Why some wall seconds are not to be trusted; may be empty."""
     charts: list[Chart]
     memory: View
     pairs: View
@@ -91,14 +94,15 @@ def page(comparison: "Comparison") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    parts = [_part(table, number) for number, table in enumerate(comparison.tables)]
+    is_alone = len(comparison.tables) == 1
+    parts = [_part(table, n, is_alone=is_alone) for n, table in enumerate(comparison.tables)]
     return environment.get_template("page.html").render(
         parts=parts,
         style=Markup((FILES / "page.css").read_text(encoding="utf-8")),
         script=Markup((FILES / "page.js").read_text(encoding="utf-8")),
         shapes=svg.SHAPES,
         markup=Markup,
-        sample=SAMPLE_SENTENCE if any(table.is_sample for table in comparison.tables) else "",
+        sample=sample_sentence([row for table in comparison.tables for row in table.rows]),
         problems=[str(problem) for problem in comparison.problems[:MAX_PROBLEMS]],
         problem_count=len(comparison.problems),
         overview=_overview(comparison),
@@ -113,7 +117,7 @@ def _overview(comparison: "Comparison") -> str:
     return f"{runs} of {plural(len(rows), 'recipe')}{sets}"
 
 
-def _part(table: "Table", number: int) -> TablePart:
+def _part(table: "Table", number: int, *, is_alone: bool) -> TablePart:
     anchors = [f"t{number}-{place}" for place in range(len(table.rows))]
     is_long = len(table.rows) > MAX_WHOLE_RECIPES
     common = common_part([row.arm for row in table.rows]) if is_long else {}
@@ -122,13 +126,15 @@ def _part(table: "Table", number: int) -> TablePart:
         anchor=f"t{number}",
         title=table.title,
         metric=words(table.metric),
-        sentences=sentences[1:] if table.is_sample else sentences,
+        # Of a table that is alone, the head of the page has said it.
+        sentences=sentences[1:] if table.is_sample and is_alone else sentences,
         conditions=condition_groups(table),
         condition_count=len(table.conditions),
         choices=choice_view(table),
         results=result_view(table),
         marks=_marks(table.rows, anchors),
-        has_single_seeds=any(len(row.scores) == 1 and row.interval for row in table.rows),
+        has_single_seeds=any(row.is_of_one_seed for row in table.rows),
+        beside=beside_sentence(table),
         charts=charts_of(table, anchors),
         memory=memory_view(table),
         pairs=pair_view(table, MAX_PAIRS),
@@ -177,7 +183,7 @@ def _run_cells(run: "Run", row: "Row") -> tuple[str, ...]:
     record = run.record
     return (
         str(run.seed),
-        "replaced by a newer run" if is_old else run.status.replace("_", " "),
+        f"{run.status.replace('_', ' ')}{', not counted' if is_old else ''}",
         score(None if is_old else row.scores.get(run.seed)),
         number(record.seconds.train if record else None),
         (record.delta if record else None) or "–",

@@ -25,7 +25,7 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two arms, by label; `difference` is the score of `a` less that of `b`."""
+    """Two arms, by label; `difference` is the score of `a` less that of `b`, over tested seeds."""
 
     a: str
     b: str
@@ -39,6 +39,10 @@ class Pair:
     covers_seeds: bool
     mcnemar: tuple[McNemar, ...]
     """One for each seed that both have; empty for other metrics than accuracy."""
+
+    def lead(self, label: str) -> float:
+        """The score of `label`, one of the two, less that of the other."""
+        return self.difference if label == self.a else -self.difference
 
     @property
     def is_separated(self) -> bool:
@@ -108,11 +112,22 @@ class Pairs:
         apart = self.tests.p_adjusted < LEVEL
         return list(zip(self.tests.a[apart].tolist(), self.tests.b[apart].tolist(), strict=True))
 
+    @property
+    def cover_seeds(self) -> bool:
+        """Whether any pair does: else all speak of these trained models only."""
+        return self.tests is not None and bool(self.tests.covers_seeds.any())
+
     def detectable(self) -> Interval | None:
-        """The smallest and the largest of the differences that could have been seen."""
+        """The smallest and the largest of the differences that could have been seen.
+
+        Of the pairs that cover seeds, if there are any: the others neglect what seeds change, and
+        what they could have seen is smaller for it.
+        """
         if self.tests is None:
             return None
-        return Interval(float(self.tests.detectable.min()), float(self.tests.detectable.max()))
+        sizes = self.tests.detectable
+        sizes = sizes[self.tests.covers_seeds] if self.cover_seeds else sizes
+        return Interval(float(sizes.min()), float(sizes.max()))
 
     def _all(self, places: Iterable[int]) -> list[Pair]:
         return [self._at(int(place)) for place in places]

@@ -48,8 +48,9 @@ Score = Annotated[
 ]
 """A computed number. NaN and the infinities are kept as NaN, which JSON output turns to null."""
 
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Amount = Annotated[float, Field(ge=0, le=1e15)]
+"""Like that of a count, its bound is far beyond anything measured: sums stay finite below it."""
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 _CONFIG = ConfigDict(

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from peftkit.reporting.arms import NOT_PART_OF_AN_ARM, Arm, flat
+from peftkit.reporting.arms import NOT_PART_OF_AN_ARM, Arm, flat, section
 from peftkit.reporting.record import RunRecord
 
 _PLAIN: Final = re.compile(r"[A-Za-z_][\w./-]*")
@@ -52,7 +52,7 @@ def _launch(record: RunRecord | None) -> list[str]:
     if record is None:
         return []
     words = [f"--nproc {record.processes}"] if record.processes > 1 else []
-    asked = (record.recipe.get("training") or {}).get("mixed_precision") or "no"
+    asked = section(record.recipe, "training").get("mixed_precision") or "no"
     if record.mixed_precision != asked:
         words.append(f"-- --mixed_precision {shlex.quote(record.mixed_precision)}")
     return words

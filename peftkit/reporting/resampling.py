@@ -59,7 +59,7 @@ def draws(count: int) -> Iterator[NDArray[np.int64]]:
 
 def scored(name: str, runs: Sequence[Columns], weights: NDArray[np.int64]) -> Floats | None:
     """Scores (b, R) of the runs on resamples in which example n stands `weights[:, n]` times."""
-    if name == "spearmanr":
+    if name == "spearmanr" and all({"label", "prediction"} <= run.keys() for run in runs):
         return np.stack([_spearman(columns, weights) for columns in runs], axis=1)
     metric = metric_of(name, runs[0], _classes(runs))
     if metric is None:

@@ -20,7 +20,9 @@ class Row:
     figures: Figures
     score: float | None
     scores: dict[int, float]
-    """Seed → score of that run."""
+    """Seed → score of that run, tested or not."""
+    tested_seeds: tuple[int, ...]
+    """Those whose predictions can be used: `interval` and the tests are over them."""
     seed_interval: Interval | None
     """Over other seeds, on these examples; None: fewer than two seeds."""
     interval: Interval | None
@@ -36,6 +38,16 @@ class Row:
     def label(self) -> str:
         """What it is called in its table."""
         return self.arm.label
+
+    @property
+    def is_partly_tested(self) -> bool:
+        """Whether its tests are over fewer seeds than its score."""
+        return 0 < len(self.tested_seeds) < len(self.scores)
+
+    @property
+    def is_of_one_seed(self) -> bool:
+        """Whether its interval and its tests cover the draw of examples only."""
+        return len(self.tested_seeds) == 1
 
 
 @dataclass(frozen=True)

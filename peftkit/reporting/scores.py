@@ -18,6 +18,8 @@ Columns = dict[str, NDArray[np.generic]]
 
 LOWER_IS_BETTER: Final = frozenset({"loss", "mse", "mae", "perplexity"})
 """Leading metrics of which less is better."""
+MAX_CLASSES: Final = 10_000
+"""Each is a column of sums; a larger number is a damaged file rather than a task."""
 CORRELATIONS: Final = frozenset({"pearsonr", "spearmanr"})
 
 
@@ -39,10 +41,11 @@ def metric_of(name: str, columns: Columns, classes: int) -> Metric | None:
     `spearmanr` has no entry: its ranks change with the resample, see `weighted_ranks`. A name that
     is a column is the mean of the column, which is how an exact match or a loss is scored.
     """
-    if name in ("f1_macro", "matthews_correlation"):
+    is_of_both = {"label", "prediction"} <= columns.keys()
+    if name in ("f1_macro", "matthews_correlation") and is_of_both and classes <= MAX_CLASSES:
         parts = _confusion_parts(classes)
         return Metric(parts, _f1_macro if name == "f1_macro" else _matthews)
-    if name in _METRICS:
+    if name in _METRICS and is_of_both:
         return _METRICS[name]
     if name in columns and columns[name].ndim == 1 and columns[name].dtype.kind in "fiub":
         return Metric(lambda columns: columns[name].astype(float)[:, None], _mean)

@@ -5,6 +5,7 @@ Called by the documents, the page and the command line; imports the results.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from peftkit.reporting.results import Row, Table
 
 MAX_REASON: Final = 100
+BESIDE: Final = "†"
+"""Marks the wall seconds of an arm whose runs had another run beside them."""
 PHASE_WORDS: Final = {"load": "load", "train_step": "train", "eval": "eval"}
 KIND_WORDS: Final = {
     "allocated_bytes": "allocated",
@@ -103,23 +106,33 @@ def pair_view(table: "Table", most: int) -> View:
 def choice_view(table: "Table") -> View:
     """What to take at a given memory: the arms that no cheaper one reaches in mean score."""
     rows = []
-    for below, row in pairwise([None, *_best_by_memory(table)]):
+    for below, row in pairwise([None, *best_by_memory(table)]):
         assert row is not None
         pair = table.pairs.between(row.label, below.label) if below else None
-        told = NONE if below is None else "not tested" if pair is None else _told(pair)
-        rows.append((mib(row.figures.peak_bytes), row.label, score(row.score), told))
-    headers = ("memory from, MiB", "take", words(table.metric), "told apart from the row above")
-    return View("choices", headers, frozenset({1, 3}), tuple(rows))
+        told = NONE if below is None else _told_from_below(table, row, pair)
+        sizes = (mib(row.figures.needed_bytes), mib(row.figures.resident_bytes))
+        rows.append((*sizes, row.label, score(row.score), told))
+    measures = ("live tensors from, MiB", "resident, MiB")
+    headers = (*measures, "take", words(table.metric), "told apart from the row above")
+    return View("choices", headers, frozenset({2, 4}), tuple(rows))
 
 
-def _best_by_memory(table: "Table") -> "list[Row]":
+def best_by_memory(table: "Table") -> "list[Row]":
+    """The arms with the best score of all that need no more live tensors, the cheapest first."""
     sign = -1 if table.higher_is_better else 1
     found: list[Row] = []
-    scored = [row for row in table.rows if row.score is not None and row.figures.peak_bytes]
-    for row in sorted(scored, key=lambda r: (r.figures.peak_bytes or 0, sign * (r.score or 0))):
+    scored = [row for row in table.rows if row.score is not None and row.figures.needed_bytes]
+    for row in sorted(scored, key=lambda r: (r.figures.needed_bytes or 0, sign * (r.score or 0))):
         if not found or sign * (row.score or 0) < sign * (found[-1].score or 0):
             found.append(row)
     return found
+
+
+def _told_from_below(table: "Table", row: "Row", pair: "Pair | None") -> str:
+    if pair is None:
+        return "not tested"
+    is_ahead = (pair.lead(row.label) > 0) == table.higher_is_better
+    return _told(pair) if is_ahead or not pair.is_separated else "no: behind by the tested seeds"
 
 
 def _told(pair: "Pair") -> str:
@@ -166,11 +179,11 @@ def _result_columns(table: "Table") -> list[_Column]:
         _Column("95% seeds + examples", _full_interval),
         _Column("95% seeds", _seed_interval),
         _Column("group", lambda row: row.letters or NONE, is_text=True),
-        _Column("seeds", lambda row: str(len(row.scores)), always=True),
+        _Column("seeds", partial(_seeds, bool(table.examples)), always=True),
         _Column("train peak, MiB", lambda row: mib(row.figures.peak_bytes)),
         _Column("predicted, MiB", lambda row: mib(row.figures.predicted["train_step"])),
         _Column("error, %", lambda row: percent(row.figures.prediction_error)),
-        _Column("train s", lambda row: number(row.figures.train_seconds)),
+        _Column("train s", _train_seconds),
         _Column("processor s", lambda row: number(row.figures.train_cpu_seconds)),
         _Column("examples/s", lambda row: number(row.figures.examples_per_second, 1)),
         _Column("tokens/s", lambda row: number(row.figures.tokens_per_second)),
@@ -181,8 +194,19 @@ def _result_columns(table: "Table") -> list[_Column]:
     ]
 
 
+def _seeds(is_tested: bool, row: "Row") -> str:
+    """`3`, or `3, 1 tested`; in a table without tests nothing is missing."""
+    tested, scored = len(row.tested_seeds), len(row.scores)
+    return f"{scored}, {tested} tested" if is_tested and tested < scored else str(scored)
+
+
+def _train_seconds(row: "Row") -> str:
+    shown = number(row.figures.train_seconds)
+    return f"{shown}{BESIDE}" if shown != NONE and row.figures.runs_beside_another else shown
+
+
 def _full_interval(row: "Row") -> str:
-    return interval(row.interval) + ("*" if row.interval and len(row.scores) == 1 else "")
+    return interval(row.interval) + ("*" if row.is_of_one_seed else "")
 
 
 def _seed_interval(row: "Row") -> str:
@@ -194,14 +218,9 @@ def _peak_column(header: str, phase: str, kind: str) -> _Column:
 
 
 def _prediction_columns(phase: str, word: str) -> list[_Column]:
-    def error(row: "Row") -> str:
-        predicted = row.figures.predicted[phase]
-        measured = row.figures.memory[phase]["allocated_bytes"]
-        return percent(predicted / measured - 1) if predicted and measured else NONE
-
     return [
         _Column(f"predicted: {word}", lambda row: mib(row.figures.predicted[phase])),
-        _Column(f"error: {word}, %", error),
+        _Column(f"error: {word}, %", lambda row: percent(row.figures.prediction_errors[phase])),
     ]
 
 

@@ -28,6 +28,8 @@ class Tested:
 
     intervals: dict[str, Interval]
     """Label → interval, of the arms that stand in a test."""
+    seeds: dict[str, tuple[int, ...]]
+    """Label → its tested seeds, of the same arms."""
     pairs: Pairs
     examples: int
 
@@ -40,17 +42,18 @@ def tested(table: ArmTable, answers: Answers) -> Tested:
     columns = [answers[id(run)] for _, run in runs]
     covariance = spread(table.metric, columns) if columns else None
     if covariance is None:
-        return Tested({}, Pairs([], None, None), 0)
+        return Tested({}, {}, Pairs([], None, None), 0)
     examples = example_count(columns[0])
     scores = np.array([recorded_score(run, table.metric) for _, run in runs], dtype=float)
     parts = components(Sample(scores, covariance, np.array([n for n, _ in runs])))
+    places: list[dict[int, int]] = [{} for _ in arms]
+    for place, (number, run) in enumerate(runs):
+        places[number][run.seed] = place
     each = None
     if table.metric == "accuracy":
-        places: list[dict[int, int]] = [{} for _ in arms]
-        for place, (number, run) in enumerate(runs):
-            places[number][run.seed] = place
         each = McNemars(places, only_right(np.stack([correct(c) for c in columns])))
     tests = pair_tests(parts, examples) if len(arms) > 1 else None
     labels = [arm.label for arm in arms]
     intervals = dict(zip(labels, arm_intervals(parts, examples), strict=True))
-    return Tested(intervals, Pairs(labels, tests, each), examples)
+    seeds = {label: tuple(own) for label, own in zip(labels, places, strict=True)}
+    return Tested(intervals, seeds, Pairs(labels, tests, each), examples)

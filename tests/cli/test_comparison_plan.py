@@ -42,6 +42,12 @@ def test_seeds_are_a_number_or_a_list(text, seeds):
     assert read_plan(["a.yaml"], {"seeds": text}).seed_list() == seeds
 
 
+@pytest.mark.parametrize("price", [-1.0, 1e300, float("inf"), float("nan")])
+def test_a_price_that_is_no_amount_of_money_is_refused(price):
+    (line,) = problems(["a.yaml"], price_per_hour=price)
+    assert line.startswith(f"--price-per-hour {price}: price_per_hour: must be ")
+
+
 def test_without_seeds_there_are_three():
     assert read_plan(["a.yaml"], {"seeds": None}).seed_list() == [0, 1, 2]
 

@@ -62,9 +62,29 @@ def test_a_folder_that_cannot_be_written_is_one_line(runs, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [[], ["x", "--price-per-hour", "-1"]])
-def test_wrong_usage_is_exit_2(arguments):
-    assert main(["report", *arguments]) == 2
+@pytest.mark.parametrize("price", ["-1", "nan", "inf", "-inf", "1e300", "x"])
+def test_a_price_that_is_no_amount_of_money_is_refused(runs, price, capsys):
+    assert main(["report", str(runs), f"--price-per-hour={price}"]) == 2
+    shown = capsys.readouterr().err
+    assert "--price-per-hour" in shown
+    assert "unexpected" not in shown
+
+
+def test_a_report_of_nothing_is_wrong_usage():
+    assert main(["report"]) == 2
+
+
+def test_a_record_stands_for_its_folder(runs, tmp_path, capsys):
+    record = runs / "lora-seed0" / "record.json"
+    assert main(["report", str(record), "--out", str(tmp_path / "out")]) == 0
+    assert "lora" in capsys.readouterr().out
+
+
+def test_another_file_is_told_from_a_missing_folder(runs, tmp_path, capsys):
+    file = runs / "lora-seed0" / "predictions.parquet"
+    assert main(["report", str(file), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"{file}: is no folder; name that of a run or one above it"
 
 
 @pytest.fixture
