@@ -4,7 +4,8 @@ Called by the methods (what trains), the loading (what is new) and the loop (tra
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -115,9 +116,19 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def checkpoint_activations(model: PreTrainedModel, *, preserve_rng_state: bool = True) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them, in place."""
-    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+def checkpoint_activations(
+    model: PreTrainedModel,
+    *,
+    preserve_rng_state: bool = True,
+    recompute_in: Callable[[], AbstractContextManager[object]] | None = None,
+) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them, in place.
+
+    `recompute_in` gives the context in which a block runs once more.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    if recompute_in:
+        options["context_fn"] = lambda: (nullcontext(), recompute_in())
     # Earlier releases of transformers 5 have it under its old name.
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or model.gradient_checkpointing_enable

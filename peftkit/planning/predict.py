@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,16 +151,14 @@ def _traced(setting: Setting) -> tuple[dict[str, Peak], int]:
         # PEFT copies heads and asks whether their memory is there.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         model = fake_model(setting.config, setting.spec, options, mode)
-        with (
-            mode,
-            OneEndTokenARow(),
-            gpu_kernels(setting.spec.mixed_precision, active=setting.on_gpu),
-        ):
+        kernels = partial(gpu_kernels, setting.spec.mixed_precision, active=setting.on_gpu)
+        with mode, OneEndTokenARow(), kernels():
             blocks = _blocks(model)
             prepared = setting.method.prepare(model)
             set_precision(prepared, held_dtype(setting.spec, options))
             if setting.training.gradient_checkpointing:
-                checkpoint_activations(model, preserve_rng_state=False)
+                # A function mode is off in the backward pass, which it handles as a whole.
+                checkpoint_activations(model, preserve_rng_state=False, recompute_in=kernels)
             train_mode(prepared)
             job = _job(setting, prepared, blocks)
             parts = trace(job, quantisation=list(quantisation_constants(prepared)))

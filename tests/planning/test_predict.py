@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from torch.nn import functional
 
 from peftkit import experiment
 from peftkit.errors import RunError
 from peftkit.experiment import run_experiment
 from peftkit.memory import fake_step
-from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES
+from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES, _GpuKernels
 from peftkit.planning import of_run, predict
 from peftkit.planning.setting import of_recipe, train_shape
 from peftkit.recipe import from_resolved, load_recipe
@@ -209,6 +210,31 @@ def test_dropout_keeps_bytes_on_a_gpu(recipe):
     assert found[0.0, True] == found[0.0, False]
     with_dropout = found[0.1, True] - found[0.0, True]
     assert 0 < with_dropout < 0.5 * (found[0.1, False] - found[0.0, False])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "dropout"),
+    [("bert", "lora", 0.1), ("bert", "full", 0.1), ("llama", "lora", 0.0), ("gpt2", "full", 0.0)],
+)
+def test_what_a_gpu_recomputes_it_recomputes_with_its_own_kernels(
+    recipe, monkeypatch, model_type, method, dropout
+):
+    asked = []
+    real = _GpuKernels.__torch_function__
+
+    def noted(self, func, types, args=(), kwargs=None):
+        asked.append(func)
+        return real(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(_GpuKernels, "__torch_function__", noted)
+    attention = []
+    for again in (False, True):
+        tiny = recipe(METHODS[method], model_type, dropout=dropout, gradient_checkpointing=again)
+        asked.clear()
+        predict.predict(of_recipe(tiny, mixed_precision="bf16", on_gpu=True))
+        attention.append(asked.count(functional.scaled_dot_product_attention))
+    # Three blocks, forwards and in evaluation, and forwards once more in the backward pass.
+    assert attention == [3 + 3, 3 + 3 + 3]
 
 
 def test_a_gpu_counts_the_workspaces_of_cublas_but_for_loading(recipe):
