@@ -56,6 +56,10 @@ def plan(
     _check("--mixed-precision", mixed_precision, PRECISIONS)
     _check("--sharding", sharding, SHARDINGS)
     recipes = _recipes(words)
+    if sharding != "ddp" and processes == 1:
+        note(
+            f"--sharding {sharding} shares nothing out over one process; add --processes 2 or more"
+        )
     with undisturbed_imports():
         from peftkit.modeling.libraries import import_peft
         from peftkit.planning.answers import answers
@@ -93,14 +97,18 @@ def _asking(processes: int, sharding: Any) -> "Callable[[Setting], Prediction]":
 
 
 def _budget(budget: str | None, gpu: str | None) -> "Budget | None":
-    from peftkit.planning.budget import Budget, gpu_budget, parse_size
+    from peftkit.planning.budget import Budget, gib, gpu_budget, parse_size
 
-    if budget and gpu:
-        known = gpu_budget(gpu)
-        return Budget(f"of {known.name}", parse_size(budget), on_gpu=True)
-    if gpu:
-        return gpu_budget(gpu)
-    return Budget("budget", parse_size(budget)) if budget else None
+    if gpu is None:
+        return None if budget is None else Budget("budget", parse_size(budget))
+    known = gpu_budget(gpu)
+    if budget is None:
+        return known
+    size = parse_size(budget)
+    if size > known.total_bytes:
+        has = gib(known.total_bytes)
+        raise UsageError(f"--budget {budget!r}: more than the {has} that {known.name} has")
+    return Budget(f"of {known.name}", size, on_gpu=True)
 
 
 def _check(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
@@ -156,12 +164,20 @@ def _as_json(
     return result
 
 
+def _planned_for(setting: "Setting") -> str:
+    precision = setting.spec.mixed_precision
+    kind = "float32" if precision == "no" else f"mixed precision {precision}"
+    if setting.on_gpu:
+        return f"as on a GPU in {kind}"
+    return f"as on a CPU in {kind}; --gpu NAME plans for a GPU"
+
+
 def _print(name: str, setting: "Setting", found: "Prediction", said: "Answers | None") -> None:
     from peftkit.planning.budget import gib
 
-    train, precision = setting.train, setting.spec.mixed_precision
+    train = setting.train
     size = f"batch {train.examples} x {train.tokens} tokens"
-    print(f"{name}: {setting.method_type}, {size}, mixed precision {precision}")
+    print(f"{name}: {setting.method_type}, {size}, {_planned_for(setting)}")
     kinds = list(dict.fromkeys(kind for peak in found.phases.values() for kind in peak.by_kind))
     rows = [
         [phase.replace("_", " "), gib(peak.total_bytes)]

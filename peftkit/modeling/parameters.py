@@ -16,6 +16,7 @@ from peftkit.errors import MethodError
 
 _NEW = "_peftkit_new"
 _ALWAYS_EVAL = "_peftkit_always_eval"
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def mark_new(module: nn.Module) -> None:
@@ -114,6 +115,23 @@ def train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.get(_ALWAYS_EVAL):
             module.eval()
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens that a table of positions has rows for; None where positions are computed."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
+    ]
+    return min(map(_rows_of_tokens, tables), default=None)
+
+
+def _rows_of_tokens(table: nn.Embedding) -> int:
+    """RoBERTa and its kin count on from the row of padding, BART and OPT from an offset."""
+    padding = table.padding_idx
+    unused = getattr(table, "offset", 0) if padding is None else padding + 1
+    return table.num_embeddings - int(unused)
 
 
 def checkpoint_activations(

@@ -55,6 +55,12 @@ def test_several_processes_share_the_state(recipe_file, capsys):
     ("words", "line"),
     [
         (["--budget", "24"], "--budget '24': expected a number with a unit, such as 24GiB or 16GB"),
+        (["--budget", ""], "--budget '': expected a number with a unit"),
+        (
+            ["--gpu", "l4", "--budget", "24GiB"],
+            "--budget '24GiB': more than the 22.0 GiB that l4 has",
+        ),
+        (["--length", "67"], "67 tokens an example: a base of type 'bert' has positions for 66"),
         (["--gpu", "h1000"], "--gpu 'h1000': unknown; did you mean 'h100'?"),
         (["--mixed-precision", "fp8"], "--mixed-precision 'fp8': expected one of no, bf16, fp16"),
         (["--sharding", "fsdp3"], "--sharding 'fsdp3': expected one of ddp, zero2, zero3, fsdp"),
@@ -68,8 +74,34 @@ def test_wrong_words_are_refused_in_one_line(recipe_file, capsys, words, line):
     assert "Traceback" not in said
 
 
-def test_a_base_whose_config_cannot_be_built_is_named(recipe_file, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "nonesuch"},
+        {"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3},
+        {"model_type": "llama", "hidden_size": "wide"},
+        {"model_type": "gpt2", "n_embd": 100, "n_head": 3, "pad_token_id": 0},
+        {"model_type": "bert", "vocab_size": 0},
+        {"model_type": "bert", "hidden_act": "nonesuch"},
+    ],
+)
+def test_a_base_whose_config_cannot_be_built_is_named(recipe_file, tmp_path, capsys, config):
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text('{"model_type": "nonesuch"}')
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
     assert main(["plan", recipe_file, f"base.name={tmp_path / 'odd'}"]) == 1
-    assert "config.json cannot be used" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'odd'}: " in line
+    assert "config.json" in line
+    assert "unexpected" not in line
+
+
+def test_a_budget_alone_says_that_it_is_planned_as_on_a_cpu(recipe_file, capsys):
+    assert main(["plan", recipe_file, "--budget", "64GiB"]) == 0
+    (header, *_) = capsys.readouterr().out.splitlines()
+    assert header.endswith("as on a CPU in float32; --gpu NAME plans for a GPU")
+
+
+def test_sharding_over_one_process_is_said_to_change_nothing(recipe_file, capsys):
+    assert main(["plan", recipe_file, "--sharding", "fsdp"]) == 0
+    said = capsys.readouterr().err
+    assert "--sharding fsdp shares nothing out over one process; add --processes 2 or more" in said

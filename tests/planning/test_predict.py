@@ -9,7 +9,7 @@ import yaml
 from torch.nn import functional
 
 from peftkit import experiment
-from peftkit.errors import RunError
+from peftkit.errors import RunError, UsageError
 from peftkit.experiment import run_experiment
 from peftkit.memory import fake_step
 from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES, _GpuKernels
@@ -244,6 +244,20 @@ def test_a_gpu_counts_the_workspaces_of_cublas_but_for_loading(recipe):
         more = 0 if phase == "load" else CUBLAS_WORKSPACES_BYTES
         assert peak.total_bytes == on_cpu[phase].total_bytes + more
         assert sum(peak.by_kind.values()) == peak.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "limit"),
+    [("bert", 66), ("gpt2", 66), ("roberta", 65), ("bart", 66), ("llama", None)],
+)
+def test_an_example_longer_than_the_models_positions_is_refused(recipe, model_type, limit):
+    tiny = recipe(METHODS["lora"], model_type)
+    if limit is None:
+        assert predict.predict(of_recipe(tiny, length=200)).peak.total_bytes
+        return
+    assert predict.predict(of_recipe(tiny, length=limit)).peak.total_bytes
+    with pytest.raises(UsageError, match=f"positions for {limit}"):
+        predict.predict(of_recipe(tiny, length=limit + 1))
 
 
 def test_a_batch_without_padding_keeps_no_mask(recipe):
