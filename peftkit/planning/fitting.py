@@ -74,6 +74,9 @@ def cheapest_change(
     least_bytes = floor_bytes(found)
     if least_bytes > room_bytes:
         return None, least_bytes
+    guess = _guess(setting, found, room_bytes)
+    if (peak := ask(guess).peak.total_bytes) <= room_bytes:
+        return _change(setting, guess, peak), least_bytes
     for tried in _with_and_without_checkpointing(setting):
         least = ask(_with_batches(tried, 1, 1))
         least_bytes = least.peak.total_bytes
@@ -81,7 +84,27 @@ def cheapest_change(
             most = found if tried is setting else ask(tried)
             changed = _largest_that_fits(tried, least, most, room_bytes, ask)
             return _change(setting, changed, ask(changed).peak.total_bytes), least_bytes
+        if _without_activations(least) > room_bytes:
+            break
     return None, least_bytes
+
+
+def _guess(setting: Setting, found: Prediction, room_bytes: int) -> Setting:
+    """As if all but what no batch changes grew with the examples; often it is so."""
+
+    def most(examples: int, floor: int, peak: int) -> int:
+        each = max(1, peak - floor) / examples
+        return _divisor(examples, int((room_bytes - floor) // each))
+
+    load, scored = (found.phases[phase].total_bytes for phase in ("load", "evaluation"))
+    batch = most(setting.train.examples, floor_bytes(found), found.training_bytes)
+    return _with_batches(setting, batch, most(setting.evaluation.examples, load, scored))
+
+
+def _without_activations(found: Prediction) -> int:
+    """What recomputation leaves at the least."""
+    peaks = found.phases.values()
+    return max(peak.total_bytes - peak.by_kind.get("activations", 0) for peak in peaks)
 
 
 def with_8bit_optimizer(setting: Setting) -> Setting | None:

@@ -15,14 +15,13 @@ def sentence(said: Answers) -> str:
     """What to take, with how much to spare, and what would be better but needs more."""
     best, place = said.recommended, _place(said.budget)
     if best is None:
-        needs = ", ".join(filter(None, map(_shortage, said.methods)))
         advice = "take a smaller base, shorter examples or more memory."
+        needs = _shortages(said.methods)
         return f"Nothing fits in {place}, however small the batch: {needs}; {advice}"
     spare = said.budget.usable_bytes - _peak(best)
-    better = said.methods[: said.methods.index(best)]
-    parts = [f"{best.label} with {_batch(best)} fits in {place} with {gib(spare)} to spare"]
-    parts += [", ".join(needs)] if (needs := [n for c in better if (n := _shortage(c))]) else []
-    return _capital("; ".join(parts) + ".")
+    better = _shortages(said.methods[: said.methods.index(best)])
+    fits = f"{best.label} with {_batch(best)} fits in {place} with {gib(spare)} to spare"
+    return _capital(f"{fits}; {better}." if better else f"{fits}.")
 
 
 def sentence_of_all(said: Sequence[Answers]) -> str:
@@ -69,6 +68,10 @@ def _batch(choice: Choice) -> str:
     words = f"batch {source.batch}" + (f" accumulated {steps} times" if steps > 1 else "")
     checkpointed = choice.change is not None and choice.change.gradient_checkpointing
     return words + (" and activation checkpointing" if checkpointed else "")
+
+
+def _shortages(choices: Sequence[Choice]) -> str:
+    return ", ".join(filter(None, map(_shortage, choices)))
 
 
 def _shortage(choice: Choice) -> str | None:
