@@ -3,9 +3,10 @@
 Called by `cli.app`; imports the planning inside the verb.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,7 +15,7 @@ from peftkit.errors import UsageError
 from peftkit.importing import undisturbed_imports
 
 if TYPE_CHECKING:
-    from peftkit.planning.answers import Answers
+    from peftkit.planning.answers import Answers, Choice
     from peftkit.planning.budget import Budget
     from peftkit.planning.predict import Prediction
     from peftkit.planning.setting import Setting
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("no", "bf16", "fp16")
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp")
+
+
+class Plan(NamedTuple):
+    """One recipe, what it needs, and the answers if there is a budget."""
+
+    name: str
+    setting: "Setting"
+    found: "Prediction"
+    said: "Answers | None"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -56,6 +66,10 @@ def plan(
     _check("--mixed-precision", mixed_precision, PRECISIONS)
     _check("--sharding", sharding, SHARDINGS)
     recipes = _recipes(words)
+    if sharding != "ddp" and processes == 1:
+        note(
+            f"--sharding {sharding} shares nothing out over one process; add --processes 2 or more"
+        )
     with undisturbed_imports():
         from peftkit.modeling.libraries import import_peft
         from peftkit.planning.answers import answers
@@ -63,16 +77,18 @@ def plan(
         import_peft()
 
     settings = [_setting(r, length, mixed_precision, on_gpu=gpu is not None) for r in recipes]
-    shown = []
+    plans = []
     for name, setting in zip((recipe.name for recipe in recipes), settings, strict=True):
         ask = _asking(processes, sharding)
         found = ask(setting)
         said = answers(name, setting, available, ask=ask) if available else None
-        shown.append(_as_json(name, setting, found, said))
+        plans.append(Plan(name, setting, found, said))
         if not as_json:
-            _print(name, setting, found, said)
+            _print(plans[-1])
     if as_json:
-        print_json(shown)
+        print_json([_as_json(plan) for plan in plans])
+    elif len(plans) > 1:
+        print(_sentence_of_all(plans))
 
 
 def _asking(processes: int, sharding: Any) -> "Callable[[Setting], Prediction]":
@@ -93,14 +109,18 @@ def _asking(processes: int, sharding: Any) -> "Callable[[Setting], Prediction]":
 
 
 def _budget(budget: str | None, gpu: str | None) -> "Budget | None":
-    from peftkit.planning.budget import Budget, gpu_budget, parse_size
+    from peftkit.planning.budget import Budget, gib, gpu_budget, parse_size
 
-    if budget and gpu:
-        known = gpu_budget(gpu)
-        return Budget(f"of {known.name}", parse_size(budget), on_gpu=True)
-    if gpu:
-        return gpu_budget(gpu)
-    return Budget("budget", parse_size(budget)) if budget else None
+    if gpu is None:
+        return None if budget is None else Budget("budget", parse_size(budget))
+    known = gpu_budget(gpu)
+    if budget is None:
+        return known
+    size = parse_size(budget)
+    if size > known.total_bytes:
+        has = gib(known.total_bytes)
+        raise UsageError(f"--budget {budget!r}: more than the {has} that {known.name} has")
+    return Budget(f"of {known.name}", size, on_gpu=True)
 
 
 def _check(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
@@ -137,11 +157,12 @@ def _setting(
     return of_recipe(recipe, length=length, mixed_precision=precision, on_gpu=on_gpu)
 
 
-def _as_json(
-    name: str, setting: "Setting", found: "Prediction", said: "Answers | None"
-) -> dict[str, Any]:
+def _as_json(plan: Plan) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from peftkit.planning.sentences import sentence
+
+    name, setting, found, said = plan
     shape = {"batch": setting.train.examples, "tokens": setting.train.tokens}
     result: dict[str, Any] = {
         "recipe": name,
@@ -152,16 +173,27 @@ def _as_json(
         "phases": {phase: asdict(peak) for phase, peak in found.phases.items()},
     }
     if said:
-        result |= {"answers": {**asdict(said), "sentence": said.sentence}}
+        best = said.recommended
+        more = {"advice": best.advice if best else None, "sentence": sentence(said)}
+        result |= {"answers": {**asdict(said), **more}}
     return result
 
 
-def _print(name: str, setting: "Setting", found: "Prediction", said: "Answers | None") -> None:
-    from peftkit.planning.budget import gib
+def _planned_for(setting: "Setting") -> str:
+    precision = setting.spec.mixed_precision
+    kind = "float32" if precision == "no" else f"mixed precision {precision}"
+    if setting.on_gpu:
+        return f"as on a GPU in {kind}"
+    return f"as on a CPU in {kind}; --gpu NAME plans for a GPU"
 
-    train, precision = setting.train, setting.spec.mixed_precision
-    size = f"batch {train.examples} x {train.tokens} tokens"
-    print(f"{name}: {setting.method_type}, {size}, mixed precision {precision}")
+
+def _print(plan: Plan) -> None:
+    from peftkit.planning.budget import gib
+    from peftkit.planning.sentences import sentence_without_budget
+
+    name, setting, found, said = plan
+    size = f"batch {setting.train.examples} x {setting.train.tokens} tokens"
+    print(f"{name}: {setting.method_type}, {size}, {_planned_for(setting)}")
     kinds = list(dict.fromkeys(kind for peak in found.phases.values() for kind in peak.by_kind))
     rows = [
         [phase.replace("_", " "), gib(peak.total_bytes)]
@@ -169,16 +201,48 @@ def _print(name: str, setting: "Setting", found: "Prediction", said: "Answers | 
         for phase, peak in found.phases.items()
     ]
     print_table(("phase", "peak", *(kind.replace("_", " ") for kind in kinds)), rows)
-    if said is None:
+    if said:
+        _print_answers(said)
+    else:
         note("add --budget 24GiB or --gpu l4 to hear what fits")
-        return
-    rows = [
-        [option.change, gib(option.peak_bytes), "fits" if option.fits else "too large"]
-        for option in said.methods
-        if option.peak_bytes >= 0
-    ]
-    print_table(("the best score to be expected first", "peak", said.budget.name), rows)
-    print(f"largest batch at this length: {said.largest_batch}")
-    for way in said.ways:
-        print(f"would fit: {way.change} ({gib(way.peak_bytes)})")
-    print(said.sentence)
+        print(sentence_without_budget(setting, found))
+
+
+def _print_answers(said: "Answers") -> None:
+    from peftkit.planning.fitting import MAX_BATCH
+    from peftkit.planning.sentences import sentence
+
+    columns = ("the best score to be expected first", "peak", said.budget.name, "to be added")
+    print_table(columns, [_row(choice) for choice in said.methods])
+    largest = "at least " * (said.largest_batch >= MAX_BATCH) + str(said.largest_batch)
+    print(f"largest batch at this length: {largest}")
+    best = said.recommended
+    if best and best.advice:
+        print(f"add: {shlex.join(best.advice)}")
+    if best and best.overrides:
+        note("another method wants another training.learning_rate; try several")
+    print(sentence(said))
+
+
+def _row(choice: "Choice") -> list[str]:
+    from peftkit.planning.budget import gib
+
+    if choice.peak_bytes is None:
+        return [choice.label, "-", "not possible", choice.reason or "-"]
+    peak = gib(choice.peak_bytes)
+    if choice.fits:
+        return [choice.label, peak, "fits", shlex.join(choice.advice) or "-"]
+    if choice.change:
+        changed = f"fits changed, {gib(choice.change.peak_bytes)}"
+        return [choice.label, peak, changed, shlex.join(choice.advice)]
+    return [choice.label, peak, "too large", f"needs at least {gib(choice.least_bytes or 0)}"]
+
+
+def _sentence_of_all(plans: list[Plan]) -> str:
+    from peftkit.planning.sentences import sentence_of_all, sentence_of_all_without_budget
+
+    said = [plan.said for plan in plans if plan.said]
+    if said:
+        return sentence_of_all(said)
+    names, settings, found, _ = zip(*plans, strict=True)
+    return sentence_of_all_without_budget(names, settings, found)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from peftkit.errors import SourceError
@@ -39,7 +40,7 @@ def read_config(folder: Path, **overrides: Any) -> PretrainedConfig:
             folder, **overrides, trust_remote_code=False
         )
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise SourceError(
             f"{folder}: config.json cannot be used without code of its own: {reason}"

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeT
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from peftkit.contracts import LoadOptions
+from peftkit.errors import SourceError
 from peftkit.modeling.four_bit import four_bit_config
 from peftkit.modeling.loading import ModelSpec, held_dtype, skeleton
 
@@ -42,13 +43,12 @@ def fake_model(
     """What `load_model` would return for a base of this config, its tensors fake ones on the CPU.
 
     `config` is `spec_config`'s; to be called outside of `mode`.
+
+    Raises:
+        SourceError: its values make no model.
     """
     held, quantised = held_dtype(spec, options), options.quantisation
-    dtype = held if options.frozen or quantised else torch.float32
-    with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, spec.auto_class).from_config(
-            config, dtype=dtype
-        )
+    model = _empty(config, spec, held if options.frozen or quantised else torch.float32)
     if quantised is None:
         _make_fake(model, mode)
         return model
@@ -58,6 +58,17 @@ def fake_model(
     with mode:
         _pack(model, settings, held)
     return model
+
+
+def _empty(config: PretrainedConfig, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, spec.auto_class).from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+    except Exception as error:  # each architecture objects in a way of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SourceError(
+            f"{config.name_or_path}: no model can be built from its config.json: {reason}"
+        ) from error
 
 
 def quantisation_constants(model: nn.Module) -> Iterator[Tensor]:

@@ -4,7 +4,8 @@ Called by the methods (what trains), the loading (what is new) and the loop (tra
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from peftkit.errors import MethodError
 
 _NEW = "_peftkit_new"
 _ALWAYS_EVAL = "_peftkit_always_eval"
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def mark_new(module: nn.Module) -> None:
@@ -115,9 +117,36 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def checkpoint_activations(model: PreTrainedModel, *, preserve_rng_state: bool = True) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them, in place."""
-    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens that a table of positions has rows for; None where positions are computed."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
+    ]
+    return min(map(_rows_of_tokens, tables), default=None)
+
+
+def _rows_of_tokens(table: nn.Embedding) -> int:
+    """RoBERTa and its kin count on from the row of padding, BART and OPT from an offset."""
+    padding = table.padding_idx
+    unused = getattr(table, "offset", 0) if padding is None else padding + 1
+    return table.num_embeddings - int(unused)
+
+
+def checkpoint_activations(
+    model: PreTrainedModel,
+    *,
+    preserve_rng_state: bool = True,
+    recompute_in: Callable[[], AbstractContextManager[object]] | None = None,
+) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them, in place.
+
+    `recompute_in` gives the context in which a block runs once more.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    if recompute_in:
+        options["context_fn"] = lambda: (nullcontext(), recompute_in())
     # Earlier releases of transformers 5 have it under its old name.
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or model.gradient_checkpointing_enable

@@ -3,33 +3,71 @@
 Called by the verb `plan`. Every figure is a prediction of its own, not a rule of thumb.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
 
 from peftkit import plugins
 from peftkit.errors import MethodError
-from peftkit.planning.budget import Budget, gib
-from peftkit.planning.predict import Prediction, predict
+from peftkit.planning.budget import Budget
+from peftkit.planning.fitting import (
+    Change,
+    Predict,
+    changed_keys,
+    cheapest_change,
+    floor_bytes,
+    largest_batch,
+    with_8bit_optimizer,
+)
+from peftkit.planning.predict import predict
 from peftkit.planning.setting import Setting
 
 QUALITY_ORDER = ("full", "lora", "qlora", "top_layers")
 """From the best score to be expected down; docs/RESULTS.md has what was measured here. Full and
 LoRA are often not told apart."""
-MAX_BATCH = 4096
 
+_NAMES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "top_layers": "top-layer freezing",
+}
 _SHARED_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora")
-
-Predict = Callable[[Setting], Prediction]
 
 
 @dataclass(frozen=True)
-class Option:
-    """A change of the recipe, and the peak with it."""
+class Choice:
+    """One method on the recipe's base and task."""
 
-    change: str
-    """As overrides of the recipe, `training.gradient_checkpointing=true …`."""
-    peak_bytes: int
-    fits: bool
+    method: str
+    label: str
+    """For people: `LoRA r=8`."""
+    overrides: list[str]
+    """What makes the recipe one of this method; nothing for its own."""
+    batch: int
+    """Per device, as the recipe has it."""
+    gradient_accumulation_steps: int
+    peak_bytes: int | None
+    """As the recipe stands; None: it cannot be planned."""
+    fits: bool = False
+    change: Change | None = None
+    """Where it does not fit: the cheapest change found that makes it fit."""
+    least_bytes: int | None = None
+    """Where nothing was found: it needs this much or more."""
+    reason: str | None = None
+    """Why it cannot be planned."""
+
+    @property
+    def can_fit(self) -> bool:
+        """As the recipe stands or changed."""
+        return self.fits or self.change is not None
+
+    @property
+    def advice(self) -> list[str]:
+        """All that is to be added to the recipe's command line."""
+        return [*self.overrides, *(self.change.overrides if self.change else [])]
 
 
 @dataclass(frozen=True)
@@ -42,159 +80,101 @@ class Answers:
     peak_bytes: int
     fits: bool
     largest_batch: int
-    """Per device, at this length; 0 if not even one example fits."""
-    methods: list[Option]
-    """The four methods at the recipe's batch, the best score to be expected first."""
-    ways: list[Option]
-    """What would make it fit, if it does not; the first ones change no result."""
+    """Per device, at this length; 0 if not even one example fits, `MAX_BATCH` is where it ends."""
+    methods: list[Choice]
+    """The best score to be expected first; a method that is none of the four stands before them."""
     budget: Budget
 
     @property
-    def sentence(self) -> str:
-        """What to do, in one sentence."""
-        room = self.budget.usable_bytes
-        free = self.budget.total_bytes - room
-        where = f"{gib(self.budget.total_bytes)}" + (f", {gib(free)} of it kept free" * bool(free))
-        needs = f"{self.name}: {self.method} with batch {self.batch} needs {gib(self.peak_bytes)}"
+    def recommended(self) -> Choice | None:
+        """The recipe's own method if it fits as it stands, or else the best that can fit."""
         if self.fits:
-            spare = f"with {gib(room - self.peak_bytes)} to spare"
-            more = self.largest_batch > self.batch
-            return f"{needs} and fits in {where}, {spare}" + (
-                f"; a batch of {self.largest_batch} would, too." if more else "."
-            )
-        others = [*self.ways, *(option for option in self.methods if option.fits)]
-        if others:
-            return (
-                f"{needs}, over {where}; with {others[0].change} it needs "
-                f"{gib(others[0].peak_bytes)} and fits."
-            )
-        return f"{needs}, over {where}; nothing that was tried fits: take a smaller base."
+            return next(choice for choice in self.methods if choice.method == self.method)
+        return next((choice for choice in self.methods if choice.can_fit), None)
 
 
 def answers(name: str, setting: Setting, budget: Budget, *, ask: Predict = predict) -> Answers:
     """All answers; `ask` predicts, perhaps for one of several processes."""
-    own = setting.method_type
-    found = ask(setting)
-    peak, room = found.peak.total_bytes, budget.usable_bytes
-    largest = largest_batch(setting, room, ask=ask)
+    found, room = ask(setting), budget.usable_bytes
+    peak = found.peak.total_bytes
     return Answers(
         name=name,
-        method=own,
+        method=setting.method_type,
         batch=setting.train.examples,
         peak_bytes=peak,
         fits=peak <= room,
-        largest_batch=largest,
-        methods=[
-            _option(f"method.type={kind}", changed, room, ask, known=found if kind == own else None)
-            for kind, changed in _methods(setting, own)
-        ],
-        ways=[] if peak <= room else _ways(setting, room, largest, ask),
+        largest_batch=largest_batch(setting, room, ask=ask) if floor_bytes(found) <= room else 0,
+        methods=[_choice(words, each, room, ask) for words, each in _methods(setting)],
         budget=budget,
     )
 
 
-def largest_batch(setting: Setting, room_bytes: int, *, ask: Predict = predict) -> int:
-    """The most examples a device can train on at once, found on a line and then verified."""
-
-    def needs(batch: int) -> int:
-        return ask(setting.with_batch(batch)).training_bytes
-
-    one, own = needs(1), setting.train.examples
-    if one > room_bytes:
-        return 0
-    other = own if own > 1 and needs(own) <= room_bytes else 2
-    fits, guess = 1, _on_line(one, (needs(other) - one) / (other - 1), room_bytes)
-    too_large = guess + 1
-    # A peak is the highest of several lines, so the first guess may be too large.
-    while too_large - fits > max(1, fits // 50):
-        if needs(guess) <= room_bytes:
-            fits = guess
-        else:
-            too_large = guess
-        guess = (fits + too_large) // 2
-    return fits
+def method_label(setting: Setting) -> str:
+    """`LoRA r=8`, `full fine-tuning`; a plugin's method is called by its type."""
+    rank = getattr(setting.method_section, "r", None)
+    name = _NAMES.get(setting.method_type, setting.method_type)
+    return name if rank is None else f"{name} r={rank}"
 
 
-def _on_line(one: int, slope: float, room_bytes: int) -> int:
-    """The batch that fills the room if each further example takes `slope` bytes."""
-    most = 1 + int((room_bytes - one) // slope) if slope > 0 else MAX_BATCH
-    return max(1, min(most, MAX_BATCH))
-
-
-def _methods(setting: Setting, own: str) -> Iterator[tuple[str, Setting]]:
+def _methods(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
+    """The method's overrides, and the recipe with it."""
+    own = setting.method_type
+    if own not in QUALITY_ORDER:
+        yield [], setting
     section = setting.method_section
     settings = {key: getattr(section, key) for key in _SHARED_KEYS if hasattr(section, key)}
     for kind in QUALITY_ORDER:
         if kind == own:
-            yield kind, setting
+            yield [], setting
             continue
         method = plugins.load("methods", kind)
-        keys = settings if kind in ("lora", "qlora") else {}
-        yield kind, replace(setting, method=method(method.Config(type=kind, **keys)))
+        config = method.Config(type=kind, **(settings if kind in ("lora", "qlora") else {}))
+        yield [_override(config)], replace(setting, method=method(config))
 
 
-def _option(
-    change: str, setting: Setting, room: int, ask: Predict, *, known: Prediction | None = None
-) -> Option:
+def _override(config: Any) -> str:
+    """The whole section: keys of another method beside a new `type` would be refused."""
+    content = {"type": config.type, **config.model_dump(exclude_defaults=True)}
+    words = yaml.safe_dump(content, default_flow_style=True, sort_keys=False, width=10**6)
+    return f"method={words.strip()}"
+
+
+def _choice(words: list[str], setting: Setting, room: int, ask: Predict) -> Choice:
+    training = setting.training
+    bare = Choice(
+        method=setting.method_type,
+        label=method_label(setting),
+        overrides=words,
+        batch=setting.train.examples,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        peak_bytes=None,
+    )
     try:
-        peak = (known or ask(setting)).peak.total_bytes
+        found = ask(setting)
     except MethodError as error:
-        return Option(f"{change} ({error.problems[0]})", -1, False)
-    return Option(change, peak, peak <= room)
+        return replace(bare, reason=error.problems[0])
+    planned = replace(bare, peak_bytes=found.peak.total_bytes)
+    if found.peak.total_bytes <= room:
+        return replace(planned, fits=True)
+    change, least = cheapest_change(setting, found, room, ask)
+    if change is None and not words:  # of the recipe's own method
+        change = _change_with_8bit_optimizer(setting, room, ask)
+    return replace(planned, change=change, least_bytes=None if change else least)
 
 
-def _ways(setting: Setting, room: int, largest: int, ask: Predict) -> list[Option]:
-    """Changes that make it fit, those that change no result first."""
-    if ask(setting).phases["evaluation"].total_bytes > room:
-        return _with_smaller_evaluation(setting, room, largest, ask)
-    training, found = setting.training, list[Option]()
-    checkpointed = replace(
-        setting, training=training.model_copy(update={"gradient_checkpointing": True})
-    )
-    checkpointing = "training.gradient_checkpointing=true"
-    if not training.gradient_checkpointing:
-        found.append(_option(checkpointing, checkpointed, room, ask))
-    if largest:
-        found.append(_smaller(setting, largest, room, ask))
-    if not any(option.fits for option in found):
-        most = largest_batch(checkpointed, room, ask=ask)
-        if most:
-            smaller = _smaller(checkpointed, most, room, ask)
-            found.append(replace(smaller, change=f"{checkpointing} {smaller.change}"))
-    if training.optimizer == "adamw":
-        eight = training.model_copy(update={"optimizer": "adamw_8bit"})
-        changed = replace(setting, training=eight)
-        found.append(_option("training.optimizer=adamw_8bit", changed, room, ask))
-    return [option for option in found if option.fits]
-
-
-def _with_smaller_evaluation(
-    setting: Setting, room: int, largest: int, ask: Predict
-) -> list[Option]:
-    """As many examples at once as in training, and what else is needed with that."""
-    batch = min(setting.train.examples, largest or 1)
-    if batch >= setting.evaluation.examples:
-        return []
-    change = f"training.per_device_eval_batch_size={batch}"
-    smaller = replace(setting, evaluation=replace(setting.evaluation, examples=batch))
-    alone = _option(change, smaller, room, ask)
-    if alone.fits:
-        return [alone]
-    more = _ways(smaller, room, largest, ask)
-    return [replace(option, change=f"{change} {option.change}") for option in more]
-
-
-def _smaller(setting: Setting, largest: int, room: int, ask: Predict) -> Option:
-    """Fewer examples at once and as many more times, so that the effective batch stays."""
-    before = setting.training
-    batch = largest
-    while before.per_device_train_batch_size % batch:
-        batch -= 1
-    steps = before.gradient_accumulation_steps * (before.per_device_train_batch_size // batch)
-    change = (
-        f"training.per_device_train_batch_size={batch} training.gradient_accumulation_steps={steps}"
-    )
-    training = before.model_copy(
-        update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
-    )
-    return _option(change, replace(setting.with_batch(batch), training=training), room, ask)
+def _change_with_8bit_optimizer(setting: Setting, room: int, ask: Predict) -> Change | None:
+    smaller = with_8bit_optimizer(setting)
+    if smaller is None or ask(setting).phases["load"].total_bytes > room:
+        return None
+    found, optimizer = ask(smaller), changed_keys(setting, smaller)
+    if found.peak.total_bytes <= room:
+        training = setting.training
+        return Change(
+            optimizer,
+            setting.train.examples,
+            training.gradient_accumulation_steps,
+            training.gradient_checkpointing,
+            found.peak.total_bytes,
+        )
+    change, _ = cheapest_change(smaller, found, room, ask)
+    return replace(change, overrides=optimizer + change.overrides) if change else None

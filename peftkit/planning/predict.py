@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
 from peftkit.contracts import ParameterGroup
-from peftkit.errors import MethodError
+from peftkit.errors import MethodError, UsageError
 from peftkit.memory.fake_step import Batch, FakeJob, trace
 from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES, gpu_kernels
 from peftkit.memory.known_values import OneEndTokenARow
@@ -26,6 +27,7 @@ from peftkit.modeling.fake_loading import FakeMemory, fake_model, quantisation_c
 from peftkit.modeling.loading import QuietLoading, held_dtype
 from peftkit.modeling.parameters import (
     checkpoint_activations,
+    position_limit,
     set_precision,
     train_mode,
     transformer_blocks,
@@ -87,6 +89,7 @@ def predict(setting: Setting) -> Prediction:
     Raises:
         MethodError: the method does not fit the model.
         SourceError: the model cannot be built.
+        UsageError: examples are longer than its positions reach.
     """
     depth = int(setting.config.get_text_config().num_hidden_layers)
     # The first block, the last two, and those that the method treats in a way of their own.
@@ -150,21 +153,29 @@ def _traced(setting: Setting) -> tuple[dict[str, Peak], int]:
         # PEFT copies heads and asks whether their memory is there.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         model = fake_model(setting.config, setting.spec, options, mode)
-        with (
-            mode,
-            OneEndTokenARow(),
-            gpu_kernels(setting.spec.mixed_precision, active=setting.on_gpu),
-        ):
+        _check_length(setting, position_limit(model))
+        kernels = partial(gpu_kernels, setting.spec.mixed_precision, active=setting.on_gpu)
+        with mode, OneEndTokenARow(), kernels():
             blocks = _blocks(model)
             prepared = setting.method.prepare(model)
             set_precision(prepared, held_dtype(setting.spec, options))
             if setting.training.gradient_checkpointing:
-                checkpoint_activations(model, preserve_rng_state=False)
+                # A function mode is off in the backward pass, which it handles as a whole.
+                checkpoint_activations(model, preserve_rng_state=False, recompute_in=kernels)
             train_mode(prepared)
             job = _job(setting, prepared, blocks)
             parts = trace(job, quantisation=list(quantisation_constants(prepared)))
             sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     return parts, max(sizes, default=0)
+
+
+def _check_length(setting: Setting, limit: int | None) -> None:
+    tokens = max(setting.train.tokens, setting.evaluation.tokens)
+    if limit is not None and tokens > limit:
+        raise UsageError(
+            f"{tokens} tokens an example: a base of type '{setting.config.model_type}' has "
+            f"positions for {limit}; take a smaller --length or task.max_length"
+        )
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:

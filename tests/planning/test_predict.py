@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from torch.nn import functional
 
 from peftkit import experiment
-from peftkit.errors import RunError
+from peftkit.errors import RunError, UsageError
 from peftkit.experiment import run_experiment
 from peftkit.memory import fake_step
-from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES
+from peftkit.memory.gpu_kernels import CUBLAS_WORKSPACES_BYTES, _GpuKernels
 from peftkit.planning import of_run, predict
 from peftkit.planning.setting import of_recipe, train_shape
 from peftkit.recipe import from_resolved, load_recipe
@@ -211,6 +212,31 @@ def test_dropout_keeps_bytes_on_a_gpu(recipe):
     assert 0 < with_dropout < 0.5 * (found[0.1, False] - found[0.0, False])
 
 
+@pytest.mark.parametrize(
+    ("model_type", "method", "dropout"),
+    [("bert", "lora", 0.1), ("bert", "full", 0.1), ("llama", "lora", 0.0), ("gpt2", "full", 0.0)],
+)
+def test_what_a_gpu_recomputes_it_recomputes_with_its_own_kernels(
+    recipe, monkeypatch, model_type, method, dropout
+):
+    asked = []
+    real = _GpuKernels.__torch_function__
+
+    def noted(self, func, types, args=(), kwargs=None):
+        asked.append(func)
+        return real(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(_GpuKernels, "__torch_function__", noted)
+    attention = []
+    for again in (False, True):
+        tiny = recipe(METHODS[method], model_type, dropout=dropout, gradient_checkpointing=again)
+        asked.clear()
+        predict.predict(of_recipe(tiny, mixed_precision="bf16", on_gpu=True))
+        attention.append(asked.count(functional.scaled_dot_product_attention))
+    # Three blocks, forwards and in evaluation, and forwards once more in the backward pass.
+    assert attention == [3 + 3, 3 + 3 + 3]
+
+
 def test_a_gpu_counts_the_workspaces_of_cublas_but_for_loading(recipe):
     tiny = recipe(METHODS["full"], dropout=0.0)
     on_cpu, on_gpu = (predict.predict(of_recipe(tiny, on_gpu=on)).phases for on in (False, True))
@@ -218,6 +244,20 @@ def test_a_gpu_counts_the_workspaces_of_cublas_but_for_loading(recipe):
         more = 0 if phase == "load" else CUBLAS_WORKSPACES_BYTES
         assert peak.total_bytes == on_cpu[phase].total_bytes + more
         assert sum(peak.by_kind.values()) == peak.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "limit"),
+    [("bert", 66), ("gpt2", 66), ("roberta", 65), ("bart", 66), ("llama", None)],
+)
+def test_an_example_longer_than_the_models_positions_is_refused(recipe, model_type, limit):
+    tiny = recipe(METHODS["lora"], model_type)
+    if limit is None:
+        assert predict.predict(of_recipe(tiny, length=200)).peak.total_bytes
+        return
+    assert predict.predict(of_recipe(tiny, length=limit)).peak.total_bytes
+    with pytest.raises(UsageError, match=f"positions for {limit}"):
+        predict.predict(of_recipe(tiny, length=limit + 1))
 
 
 def test_a_batch_without_padding_keeps_no_mask(recipe):
