@@ -87,10 +87,10 @@ class Answers:
 
     @property
     def recommended(self) -> Choice | None:
-        """The recipe's own method if it fits as it stands, or else the best that can fit."""
-        if self.fits:
-            return next(choice for choice in self.methods if choice.method == self.method)
-        return next((choice for choice in self.methods if choice.can_fit), None)
+        """The recipe's own method if it can fit, or else the best that can."""
+        able = [choice for choice in self.methods if choice.can_fit]
+        own = (choice for choice in able if choice.method == self.method)
+        return next(own, able[0] if able else None)
 
 
 def answers(name: str, setting: Setting, budget: Budget, *, ask: Predict = predict) -> Answers:

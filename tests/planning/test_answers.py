@@ -240,6 +240,13 @@ def test_another_method_is_named_where_this_one_cannot_fit():
     )
 
 
+@pytest.mark.parametrize(("gibibytes", "add"), [(12, False), (4, True)])
+def test_the_recipes_own_method_is_preferred_if_it_can_fit(gibibytes, add):
+    found = answers("sst2", setting("lora"), budget(gibibytes), ask=ask)
+    assert found.recommended.method == "lora"
+    assert bool(found.recommended.advice) == add
+
+
 def test_where_nothing_fits_it_says_what_each_method_needs():
     found = answers("sst2", setting("full"), budget(0.5), ask=ask)
     assert (found.largest_batch, found.recommended) == (0, None)
