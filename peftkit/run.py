@@ -20,15 +20,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(argv: list[str]) -> int:
     """Run the recipe; 0 only if the run completed."""
-    from peftkit.importing import undisturbed_imports
-    from peftkit.recipe import load_recipe
+    from peftkit import importing, recipe
 
     arguments = parse(argv)
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    with undisturbed_imports():  # slow: a bad recipe does not wait for it
+    resolved = recipe.load_recipe(arguments.recipe, arguments.overrides)
+    with importing.undisturbed_imports():  # slow: a bad recipe does not wait for it
         from peftkit.experiment import run_experiment
         from peftkit.reporting.summary import summary_lines
-    record = run_experiment(recipe, on_exists=arguments.on_exists or "refuse")
+    record = run_experiment(resolved, on_exists=arguments.on_exists or "refuse")
     if os.environ.get("RANK", "0") == "0":
         print(*summary_lines(record), sep="\n")
     return 0 if record.status == "completed" else 1
