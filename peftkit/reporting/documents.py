@@ -264,7 +264,7 @@ def _conditions(table: "Table") -> list[str]:
         f"{_escaped(condition_sentence(c.values, len(table.rows)))}"
         for c in table.conditions
     ]
-    return ["Conditions that differ (rows carry the letters):", "\n".join(lines)]
+    return ["Conditions that differ or weaken a figure (rows carry the letters):", "\n".join(lines)]
 
 
 def _failures(table: "Table") -> list[str]:
