@@ -28,6 +28,7 @@ def test_a_plan_says_phases_kinds_and_one_sentence(recipe_file, capsys):
     assert last.startswith("Full fine-tuning with batch 8 fits in 64.0 GiB with ")
 
 
+@pytest.mark.slow
 def test_several_recipes_end_with_one_sentence_over_all(recipe_file, capsys):
     assert main(["plan", recipe_file, recipe_file, "--budget", "64GiB"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
@@ -55,7 +56,7 @@ LARGE = ["training.per_device_train_batch_size=512", "--budget", "40MiB"]
 @pytest.mark.parametrize(
     "method",
     [
-        "{type: full}",
+        pytest.param("{type: full}", marks=pytest.mark.slow),
         pytest.param("{type: top_layers, num_layers: 1}", marks=pytest.mark.slow),
         pytest.param(
             '{type: qlora, r: 2, target_modules: ".*(query|value)", use_rslora: true}',
@@ -86,6 +87,7 @@ def test_a_changed_recipe_needs_what_was_promised(planned, recipe_file, capsys):
     assert f"add: {shlex.join(advice)}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_planned_is_a_row_with_its_reason(recipe_file, tmp_path, capsys):
     sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2}
     config = {"model_type": "t5", "vocab_size": 32, "decoder_start_token_id": 0, **sizes}
