@@ -52,7 +52,7 @@ def workspaces() -> dict[str, Any]:
 def planner() -> dict[str, Any]:
     """All cells of `planner_accuracy` at the width of BERT-base, half as deep."""
     where = planner_accuracy.Where("cuda", "bf16", width=768, depth=6)
-    cells = planner_accuracy.all_cells(where, set(), jobs=12)
+    cells = planner_accuracy.all_cells(where, set(), jobs=14)
     return {"summary": planner_accuracy.summarised(cells), "cells": cells}
 
 

@@ -8,7 +8,9 @@ yardstick for QLoRA in 16 bits is only written down: from rounded weights other 
 """
 
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from peftkit.contracts import Split
 from peftkit.planning.setting import Shape
 
 STEPS, EXAMPLES = 8, 8
+PROCESSES = 6
 SPLITS = (4, 2, 1)
 """Examples of a micro-batch; the step keeps its eight."""
 BOUNDS: dict[str, dict[str, float]] = {
@@ -36,7 +39,9 @@ def check() -> dict[str, Any]:
         torch.manual_seed(0)
         config = Where().config("llama")
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-        rows = [_row(folder, method, name) for name in BOUNDS for method in METHODS]
+        with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+            cases = [(folder, method, name) for name in BOUNDS for method in METHODS]
+            rows = list(pool.map(_row, *zip(*cases, strict=True)))
     return {"bounds": BOUNDS, "all_within_bounds": all(map(_within, rows)), "rows": rows}
 
 

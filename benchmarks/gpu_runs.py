@@ -17,6 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from peftkit.errors import PeftkitError
+from peftkit.registry import Registry
+
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full", "top_layers", "lora", "qlora")
 SHARDED = [("full", "fsdp2"), ("lora", "fsdp2"), ("qlora", "fsdp2_qlora")]
@@ -30,6 +35,17 @@ SETTINGS = (
     "training.logging_steps=1",
 )
 TIMEOUT_SECONDS = 240
+KEPT = (
+    "name",
+    "status",
+    "error",
+    "metrics",
+    "distributed_type",
+    "examples_per_second",
+    "trainable_parameters",
+    "resumed_after_step",
+)
+"""What is taken from a run's record."""
 
 
 def check() -> dict[str, Any]:
@@ -45,25 +61,44 @@ def check() -> dict[str, Any]:
         resumed = _start(work, "lora_sst2", "name=stopped", "--resume")
         for process in (*started.values(), resumed):
             process.wait(TIMEOUT_SECONDS)
-        rows = [_row(work, name) for name in started]
-        logs = {name: _log(work / f"runs/{name}-seed0") for name in (*started, "stopped")}
-    differences = {
-        f"{method}_{config}": _difference(logs[f"{method}_sst2"], logs[f"{method}_{config}"])
-        for method, config in SHARDED
+        names = (*started, "stopped")
+        logs = {name: _log(work / f"runs/{name}-seed0") for name in names}
+        deltas = {name: _tensors(work, name) for name in names}
+        rows = [_row(work, name, deltas[name]) for name in names]
+    pairs = {"resumed": ("lora_sst2", "stopped")}
+    pairs |= {
+        f"{method}_{config}": (f"{method}_sst2", f"{method}_{config}") for method, config in SHARDED
     }
     return {
         "runs": rows,
         "stopped_with": stopped.returncode,
         "resumed_with": resumed.returncode,
-        "largest_loss_difference": {
-            "resumed": _difference(logs["lora_sst2"], logs["stopped"]),
-            **differences,
+        "differences": {
+            name: _difference(logs[one], logs[other]) | _apart(deltas[one], deltas[other])
+            for name, (one, other) in pairs.items()
         },
     }
 
 
-def _difference(one: dict[int, float], other: dict[int, float]) -> float:
-    return max((abs(one[s] - other[s]) for s in one.keys() & other.keys()), default=float("nan"))
+def _difference(one: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
+    apart = [abs(one[step] - other[step]) for step in one.keys() & other.keys()]
+    return {"steps": len(apart), "largest_loss_difference": max(apart, default=None)}
+
+
+def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Any]:
+    """How far two deltas differ, which must have the same tensors."""
+    if not one or one.keys() != other.keys():
+        return {"largest_weight_difference": None}
+    apart = [float((one[key].float() - other[key].float()).abs().max()) for key in one]
+    return {"largest_weight_difference": max(apart)}
+
+
+def _tensors(work: Path, name: str) -> dict[str, Tensor]:
+    registry = Registry(work / "registry")
+    try:
+        return dict(registry.read_delta(registry.find(name)).tensors)
+    except PeftkitError:
+        return {}
 
 
 def _start(
@@ -95,13 +130,13 @@ def _log(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def _row(work: Path, name: str) -> dict[str, Any]:
+def _row(work: Path, name: str, delta: dict[str, Tensor]) -> dict[str, Any]:
     path = work / f"runs/{name}-seed0/record.json"
     if not path.exists():
         return {"name": name, "status": "failed", "error": "left no record"}
     record = json.loads(path.read_text())
-    kept = ("name", "status", "error", "metrics", "distributed_type", "examples_per_second")
-    row = {key: record[key] for key in kept}
+    row = {key: record[key] for key in KEPT}
+    row["saved_parameters"] = sum(tensor.numel() for tensor in delta.values())
     predicted = record["predicted_allocated_bytes"] or {}
     for phase, peak in record["memory"].items():
         row[f"{phase}_measured"] = peak["allocated_bytes"]
