@@ -1,9 +1,10 @@
 """The check `runs` of `gpu_check`: recipes through the launcher, sharded, and stopped and resumed.
 
 Each recipe trains for a few hundred steps in bf16, side by side with the others, and leaves its
-record as any run does; three of them once more under FSDP2 with one process, and under DeepSpeed's
-ZeRO where that is installed. The resumed run gets
-SIGTERM in the middle and is compared with the one that was left alone, step by step.
+record as any run does. Without dropout, whose masks depend on the precision that it runs in, three
+do so once more alone, under FSDP2 with one process, and under DeepSpeed's ZeRO where that is
+installed. The resumed run gets SIGTERM in the middle and is compared with the one that was left
+alone, step by step.
 """
 
 import importlib.util
@@ -24,8 +25,9 @@ from peftkit.registry import Registry
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full", "top_layers", "lora", "qlora")
+ALONE = [("full", "gpu_bf16"), ("lora", "gpu_bf16"), ("qlora", "gpu_bf16")]
 SHARDED = [("full", "fsdp2"), ("lora", "fsdp2"), ("qlora", "fsdp2_qlora")]
-"""Methods, and the file of accelerate_configs/ under which they are run once more."""
+"""Methods, and the file of accelerate_configs/ under which they are run without dropout."""
 if importlib.util.find_spec("deepspeed"):
     SHARDED += [("lora", "zero2"), ("full", "zero3")]
 STEPS, SAVE_EVERY, STOP_AFTER = 300, 50, 120
@@ -53,9 +55,9 @@ def check() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         started = {f"{method}_sst2": _start(work, f"{method}_sst2") for method in METHODS}
-        for method, config in SHARDED:
-            name = f"{method}_{config}"
-            started[name] = _start(work, f"{method}_sst2", f"name={name}", config=config)
+        for method, config in [*ALONE, *SHARDED]:
+            words = (f"name={method}_{config}", "training.dropout=0.0")
+            started[f"{method}_{config}"] = _start(work, f"{method}_sst2", *words, config=config)
         stopped = _start(work, "lora_sst2", "name=stopped")
         _stop_in_the_middle(stopped, work / "runs/stopped-seed0/log.jsonl")
         resumed = _start(work, "lora_sst2", "name=stopped", "--resume")
@@ -66,9 +68,7 @@ def check() -> dict[str, Any]:
         deltas = {name: _tensors(work, name) for name in names}
         rows = [_row(work, name, deltas[name]) for name in names]
     pairs = {"resumed": ("lora_sst2", "stopped")}
-    pairs |= {
-        f"{method}_{config}": (f"{method}_sst2", f"{method}_{config}") for method, config in SHARDED
-    }
+    pairs |= {f"{m}_{config}": (f"{m}_gpu_bf16", f"{m}_{config}") for m, config in SHARDED}
     return {
         "runs": rows,
         "stopped_with": stopped.returncode,

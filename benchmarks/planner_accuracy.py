@@ -165,12 +165,12 @@ def cell(
 ) -> Any:
     """One comparison."""
     _quiet()
+    gc.collect()  # a GPU's allocator counts what an earlier cell left behind
     folder = Path(work) / name
     setting = setting_of(folder, method_name, shape, where, checkpointing=checkpointing)
     found = predict(setting).by_record_phase()
     _, meter = trained(folder, setting, rows(3 * shape.examples, shape))
     peaks = meter.result()
-    gc.collect()
     row = {
         "architecture": name,
         "method": method_name,
@@ -178,7 +178,7 @@ def cell(
         "tokens": shape.tokens,
         "checkpointing": checkpointing,
     }
-    for phase in ("train_step", "eval"):
+    for phase in ("load", "train_step", "eval"):
         true = peaks[phase].allocated_bytes
         row |= {f"{phase}_measured": true, f"{phase}_predicted": found[phase]}
         row[f"{phase}_error"] = found[phase] / true - 1

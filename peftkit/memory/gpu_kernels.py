@@ -6,8 +6,8 @@ Called by the planner: a torch without CUDA has no fake CUDA tensors. Held to an
 - The fused attention kernels of both devices keep the output and one number a row, but a CPU's
   takes no dropout.
 - Dropout keeps a byte an element on CUDA, and the element's own type on a CPU.
-- Autocast on CUDA computes norms and softmax in float32. Source: torch docs, "CUDA Ops that can
-  autocast to float32".
+- Autocast on CUDA computes norms, softmax, powers and sums in float32, and what follows them then
+  is. Source: torch docs, "CUDA Ops that can autocast to float32".
 - PEFT's layers over 4-bit weights ask whether autocast is on without naming a device, which means
   CUDA, and copy their input only if it is not.
 """
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -24,7 +25,16 @@ CUBLAS_WORKSPACES_BYTES = 65 * 2**20
 """What cuBLAS keeps once a forward and a backward pass have run, each in a thread of its own: as
 measured on an H200 (32 MiB each and 1 MiB). GPUs before Hopper take 8 MiB for each."""
 
-_IN_FLOAT32 = (functional.layer_norm, functional.softmax, functional.group_norm)
+_NAMES_IN_FLOAT32 = (
+    *("softmax", "log_softmax", "pow", "exp", "log", "rsqrt", "reciprocal"),
+    *("sum", "prod", "cumsum", "norm"),
+)
+_IN_FLOAT32 = {
+    *(functional.layer_norm, functional.group_norm, functional.softmax, functional.log_softmax),
+    *(functional.cross_entropy, functional.nll_loss, functional.softplus, functional.normalize),
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in _NAMES_IN_FLOAT32),
+    Tensor.__pow__,
+}
 
 
 class _GpuKernels(TorchFunctionMode):
@@ -42,8 +52,13 @@ class _GpuKernels(TorchFunctionMode):
             chance = kwargs.get("p", _argument(args, 1, 0.5))
             return torch.native_dropout(args[0], chance, True)[0] if chance else args[0]
         if self._casts and func in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args = (args[0].float(), *args[1:])
+            args = (_in_float32(args[0]), *args[1:])
         return func(*args, **kwargs)
+
+
+def _in_float32(value: Any) -> Any:
+    is_16_bit = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_16_bit else value
 
 
 def _argument(args: tuple[Any, ...], place: int, default: Any) -> Any:
