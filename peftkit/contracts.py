@@ -26,6 +26,9 @@ it, so that a person finds the row."""
 
 Metrics = dict[str, float]
 
+LabelKind = Literal["class", "number", "tokens"]
+"""An id (B,), a number (B,), or an id for each token (B, T)."""
+
 
 @dataclass(frozen=True)
 class Quantisation:
@@ -135,6 +138,10 @@ class Task(Protocol):
     def __init__(self, config: Any) -> None: ...
 
     @property
+    def label_kind(self) -> LabelKind:
+        """What the `labels` of a batch are."""
+
+    @property
     def metric_names(self) -> list[str]:
         """Names of the metrics, the leading one first.
 
@@ -163,7 +170,11 @@ class Task(Protocol):
         """Items that `loss` sums over: examples, or unmasked tokens."""
 
     def predictions(self, outputs: Any, labels: "Tensor") -> "dict[str, Tensor]":
-        """Per-example columns, each (B, …): at least `label`, `prediction` and `loss`."""
+        """Per-example columns, each (B, …): at least `loss`.
+
+        `label` and `prediction` where an example has one of each; `loss_items` where `loss` is the
+        sum over several of an example's items, such as its tokens.
+        """
 
     def metrics(self, columns: "dict[str, np.ndarray]") -> Metrics:
         """Metrics over the gathered columns of a whole split."""

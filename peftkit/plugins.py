@@ -23,7 +23,10 @@ BUILTIN: dict[Group, dict[str, str]] = {
         "qlora": "peftkit.methods.qlora:Qlora",
         "top_layers": "peftkit.methods.top_layers:TopLayers",
     },
-    "tasks": {"classification": "peftkit.tasks.classification:Classification"},
+    "tasks": {
+        "classification": "peftkit.tasks.classification:Classification",
+        "sft": "peftkit.tasks.sft:Sft",
+    },
 }
 """Name in a recipe's `type` → class. A string, so that listing imports nothing."""
 

@@ -1,20 +1,24 @@
 """Trains and evaluates each method with the loop itself, as one process of one or of several.
 
-As a script, `exact_runs.py BASE OUT PART METHOD ...` leaves `OUT/<rank>-of-<processes>.json`.
+As a script, `exact_runs.py BASE OUT PART METHOD ...` leaves `OUT/<rank>-of-<processes>.json`. A
+base of type llama learns to write: prompts and completions of any length, and the latter's loss.
 """
 
 import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import tiny_runs
 import torch
 from transformers import AutoTokenizer
 
 from peftkit.contracts import Split
 from peftkit.memory.meter import MemoryMeter
+from peftkit.tasks.completions import encode_pairs
 from peftkit.training.config import TrainingConfig
 from peftkit.training.evaluation import Evaluator
 from peftkit.training.loop import Trainer
@@ -28,8 +32,8 @@ METHODS = {
     "lora": {"type": "lora", "loraplus_lr_ratio": 4.0},
     "qlora": {"type": "qlora"},
 }
-TASK = tiny_runs.make_task()
-"""One for all: it learns from the texts that it tokenises how to pad."""
+TASKS = {name: tiny_runs.make_task(name) for name in tiny_runs.SPECS}
+"""One of each for all: it learns from the texts that it tokenises how to pad."""
 EFFECTIVE_BATCH = 8
 STEPS = {"whole": 14, "quick": 7}
 COUNTS = {"whole": (1, 2, 15, 16, 17, 97), "quick": (1, 17)}
@@ -37,13 +41,35 @@ BATCH_SIZES = {"whole": (1, 4, 7, 32), "quick": (1, 7)}
 SIZES = {"whole": (8, 4, 2, 1), "quick": (8, 2)}
 
 
+def task_name(folder):
+    """What the base is for."""
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    return "sft" if kind == "llama" else "classification"
+
+
 def texts(folder, count, *, seed=0):
-    """Examples of 2 to 12 words, as the task tokenises them."""
-    task, tokenizer = TASK, AutoTokenizer.from_pretrained(folder)
-    rng = random.Random(seed)
-    words = [[" ".join(rng.choices(tiny_runs.WORDS, k=rng.randint(2, 12)))] for _ in range(count)]
-    rows = [{**row, "label": i % 2} for i, row in enumerate(task.encode(tokenizer, words))]
+    """Examples of 2 to 12 words, as the task tokenises them; half of those of an sft are asked."""
+    tokenizer, rng = AutoTokenizer.from_pretrained(folder, eos_token="[SEP]"), random.Random(seed)
+    words = [rng.choices(tiny_runs.WORDS, k=rng.randint(2, 12)) for _ in range(count)]
+    if task_name(folder) == "sft":
+        rows = completions(tokenizer, words, rng)
+    else:
+        encoded = TASKS["classification"].encode(tokenizer, [[" ".join(w)] for w in words])
+        rows = [{**row, "label": i % 2} for i, row in enumerate(encoded)]
     return Split("train", rows, f"sha256:{'0' * 64}")
+
+
+def completions(tokenizer, words, rng):
+    """Prompts and what follows them; some examples have one learnt token, some a dozen."""
+    task = TASKS["sft"]
+    seams = [rng.randint(0, len(w)) for w in words]
+    pairs = [
+        {"prompt": " ".join(w[:seam]), "completion": " " + " ".join(w[seam:])}
+        for w, seam in zip(words, seams, strict=True)
+    ]
+    task.encode(tokenizer, [["the"]])
+    task._padding = replace(task._padding, side="right")
+    return [{"input_ids": e.ids, "labels": e.labels} for e in encode_pairs(tokenizer, pairs)]
 
 
 def make_trainer(base, name, folder, **training):
@@ -54,11 +80,14 @@ def make_trainer(base, name, folder, **training):
     accelerator = start_accelerator(config)
     method = tiny_runs.make_method(METHODS[name])
     precision = config.mixed_precision or "no"
-    model = tiny_runs.prepare(base, method, dropout=config.dropout, mixed_precision=precision)
+    task = task_name(base)
+    model = tiny_runs.prepare(
+        base, method, dropout=config.dropout, mixed_precision=precision, task=task
+    )
     job = Job(
         model=model,
         groups=method.parameter_groups(model, config.learning_rate),
-        task=TASK,
+        task=TASKS[task],
         train=texts(base, 53),
         holdout=None,
         config=config,
@@ -108,7 +137,7 @@ def count_exchanges(trainer):
 
 
 def evaluated(base, name, folder, part):
-    """Loss, and each example's own loss, by number of examples and batch size."""
+    """Loss, each example's own and what it is the mean of, by number of examples and batch size."""
     trainer = make_trainer(base, name, folder)
     found = {}
     for count in COUNTS[part]:
@@ -116,7 +145,13 @@ def evaluated(base, name, folder, part):
         for size in BATCH_SIZES[part]:
             evaluator = Evaluator(trainer.accelerator, size)
             result = evaluator.evaluate(trainer.model, trainer.job.task, split)
-            found[f"{count}/{size}"] = [result.metrics["loss"], *result.columns["loss"].tolist()]
+            losses = result.columns["loss"]
+            items = result.columns.get("loss_items", np.ones(count, dtype=int))
+            found[f"{count}/{size}"] = {
+                "loss": result.metrics["loss"],
+                "losses": (losses / items).tolist(),
+                "items": items.tolist(),
+            }
     return found
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ import pytest
 import tiny_runs
 import torch
 from exact_runs import METHODS, SIZES, STEPS, all_of, make_trainer, texts, trained
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftkit.modeling.parameters import (
     checkpoint_activations,
     train_mode,
     trainable_parameters,
 )
+from peftkit.tasks.completions import IGNORED
 from peftkit.training.optimizers import learning_rate_factor
 from peftkit.training.signals import StopRequest
 
@@ -57,6 +61,24 @@ def results(base, out, *words):
 
 
 @pytest.fixture(scope="module")
+def base_for(base_of, tmp_path_factory):
+    """A base by the task that it is for; a language model has its head in its files."""
+
+    @cache
+    def get(task):
+        if task != "sft":
+            return base_of("bert")
+        folder = tmp_path_factory.mktemp("language-model")
+        shutil.copytree(base_of("llama"), folder, dirs_exist_ok=True)
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="module")
 def quick(base_of, tmp_path_factory):
     """One process, this one, alone."""
     base, out = base_of("bert"), tmp_path_factory.mktemp("quick")
@@ -69,11 +91,27 @@ def whole(base_of, tmp_path_factory):
     return results(base_of("bert"), tmp_path_factory.mktemp("whole"), "whole", *METHODS)
 
 
-WHOLE = [pytest.param(f"whole-{method}", marks=pytest.mark.slow) for method in METHODS]
+@pytest.fixture(scope="module")
+def sft(base_for, tmp_path_factory):
+    """As `whole`, with prompts that are not learnt: a step's items are tokens."""
+    return results(base_for("sft"), tmp_path_factory.mktemp("sft"), "whole", *METHODS)
+
+
+@pytest.fixture(scope="module")
+def quicksft(base_for, tmp_path_factory):
+    base, out = base_for("sft"), tmp_path_factory.mktemp("quicksft")
+    return {"0-of-1": {"lora": all_of(base, out, "lora", part="quick", processes=1)}}
+
+
+WHOLE = [
+    pytest.param(f"{task}-{method}", marks=pytest.mark.slow)
+    for task in ("whole", "sft")
+    for method in METHODS
+]
 TWO_PROCESSES = pytest.mark.parametrize("found", WHOLE, indirect=True)
 
 
-@pytest.fixture(params=["quick-top_layers", *WHOLE])
+@pytest.fixture(params=["quick-top_layers", "quicksft-lora", *WHOLE])
 def found(request):
     """By `rank-of-processes`, what was found of one method."""
     part, _, name = request.param.partition("-")
@@ -127,30 +165,34 @@ def test_evaluation_counts_each_example_once_whatever_the_batch_and_the_processe
     alone = found["0-of-1"]["evaluated"]
     for count in {int(name.partition("/")[0]) for name in alone}:
         expected = alone[f"{count}/1"]  # one by one
-        assert len(expected) == 1 + count
-        assert abs(expected[0] - np.mean(expected[1:])) <= 1e-6
+        losses, items = (np.array(expected[key]) for key in ("losses", "items"))
+        assert len(losses) == count
+        assert abs(expected["loss"] - (losses * items).sum() / items.sum()) <= 1e-6
         for key, results in found.items():
             for name, values in results["evaluated"].items():
                 if name.startswith(f"{count}/"):
-                    off = np.abs(np.subtract(values, expected)).max()
-                    assert off <= 1e-6, (key, name, off)
+                    assert values["items"] == expected["items"]
+                    off = np.abs(np.subtract(values["losses"], losses)).max()
+                    assert max(off, abs(values["loss"] - expected["loss"])) <= 1e-6, (key, name)
 
 
 @pytest.mark.slow
-def test_an_example_too_many_in_one_batch_would_be_seen(base_of, tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", ["classification", "sft"])
+def test_an_example_too_many_in_one_batch_would_be_seen(base_for, tmp_path, monkeypatch, task):
     """The planted fault: each micro-batch is averaged by itself, as a plain Trainer does it."""
     from peftkit.training.loop import Trainer
 
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "dropout": 0.0}
-    right = trained(base_of("bert"), "lora", tmp_path / "right", **settings)["losses"]
+    right = trained(base_for(task), "lora", tmp_path / "right", **settings)["losses"]
     real = Trainer._backward
 
     def averaged(self, micro, batch, *, total, last):
-        share = len(batch["labels"]) * 4 if micro.counts else 1
+        items = self.job.task.loss_items(batch["labels"])
+        share = items * 4 if micro.counts else 1
         return real(self, micro, batch, total=share, last=last) * total / share
 
     monkeypatch.setattr(Trainer, "_backward", averaged)
-    wrong = trained(base_of("bert"), "lora", tmp_path / "wrong", **settings)["losses"]
+    wrong = trained(base_for(task), "lora", tmp_path / "wrong", **settings)["losses"]
     assert max(abs(a - b) for a, b in zip(right, wrong, strict=True)) > 5e-6
 
 
@@ -281,5 +323,7 @@ def test_workers_that_collate_change_no_order(base_of, tmp_path):
     assert made[0] == made[1]
 
 
-def test_texts_are_ragged(base_of):
-    assert len(set(texts(base_of("bert"), 53).lengths)) > 8
+def test_texts_are_ragged(base_for):
+    assert len(set(texts(base_for("classification"), 53).lengths)) > 8
+    labels = [row["labels"] for row in texts(base_for("sft"), 53).rows]
+    assert len({sum(label != IGNORED for label in row) for row in labels}) > 8

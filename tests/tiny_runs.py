@@ -28,6 +28,15 @@ LABELS = {
     "pad_token_id": 0,
 }
 AUTO_CLASS = "AutoModelForSequenceClassification"
+SFT = {
+    "type": "sft",
+    "dataset": "none",
+    "prompt": "the film {prompt}",
+    "completion": " {completion}",
+    "max_length": 64,
+}
+SPECS = {"classification": (AUTO_CLASS, LABELS), "sft": ("AutoModelForCausalLM", {})}
+"""Auto class and overrides of the config, by task."""
 
 
 def make_method(section):
@@ -36,9 +45,9 @@ def make_method(section):
     return chosen(chosen.Config.model_validate(section))
 
 
-def make_task():
-    chosen = plugins.load("tasks", "classification")
-    return chosen(chosen.Config.model_validate(TASK))
+def make_task(name="classification"):
+    chosen = plugins.load("tasks", name)
+    return chosen(chosen.Config.model_validate({"classification": TASK, "sft": SFT}[name]))
 
 
 def make_batch(folder, *, size=8, seed=0):
@@ -75,11 +84,11 @@ def load_base(folder, method, *, dropout=None, mixed_precision="no", seed=1):
     return load_model(folder, spec, method.load_options())
 
 
-def prepare(folder, method, *, dropout=None, mixed_precision="no"):
+def prepare(folder, method, *, dropout=None, mixed_precision="no", task="classification"):
     """Loaded, prepared and held as the experiment does it."""
-    model = load_base(folder, method, dropout=dropout, mixed_precision=mixed_precision)
-    prepared = method.prepare(model)
-    spec = ModelSpec(AUTO_CLASS, LABELS, dropout, mixed_precision)
+    torch.manual_seed(1)
+    spec = ModelSpec(*SPECS[task], dropout, mixed_precision)
+    prepared = method.prepare(load_model(folder, spec, method.load_options()))
     set_precision(prepared, held_dtype(spec, method.load_options()))
     return prepared
 

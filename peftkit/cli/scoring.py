@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name, or name@v2.")]
 
 
+MAX_NEW_TOKENS = 256
+"""The longest answer of a language model."""
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the verbs."""
     app.command("evaluate", epilog="Example: peftkit evaluate lora_sst2@v1")(evaluate)
@@ -64,8 +68,8 @@ def predict(
 ) -> None:
     """Answer for one text.
 
-    Prints the label and its probability, or the number that a regression predicts. A text that
-    begins with a dash goes after `--`.
+    Prints the label and its probability, the number that a regression predicts, or what a language
+    model writes. A text that begins with a dash goes after `--`.
     """
     from peftkit.registry.loading import load_delta
 
@@ -74,6 +78,8 @@ def predict(
     answer = answer_for(loaded, texts)
     if as_json:
         print_json(answer)
+    elif "text" in answer:
+        print(answer["text"])
     elif answer["label"] is None:
         print(f"{answer['score']:.4f}")
     else:
@@ -81,7 +87,7 @@ def predict(
 
 
 def answer_for(loaded: "LoadedDelta", texts: list[str]) -> dict[str, Any]:
-    """`label`, `score` and, for a classification, `scores` by label.
+    """`label`, `score` and, for a classification, `scores` by label; `text` of a language model.
 
     Raises:
         UsageError: the task answers no texts, or another number of them.
@@ -92,6 +98,8 @@ def answer_for(loaded: "LoadedDelta", texts: list[str]) -> dict[str, Any]:
     accelerator = accelerator_for(loaded.stored.info)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
     batch = {k: v.to(accelerator.device) for k, v in loaded.task.collate(rows).items()}
+    if loaded.task.label_kind == "tokens":
+        return {"text": _written(loaded, model, batch)}
     with torch.no_grad():
         logits = model(**batch).logits[0].float()
     labels = loaded.stored.info.labels
@@ -100,6 +108,23 @@ def answer_for(loaded: "LoadedDelta", texts: list[str]) -> dict[str, Any]:
     scores = dict(zip(labels, logits.softmax(-1).tolist(), strict=True))
     best = max(scores, key=scores.__getitem__)
     return {"label": best, "score": scores[best], "scores": scores}
+
+
+def _written(loaded: "LoadedDelta", model: Any, batch: dict[str, Any]) -> str:
+    """What the model puts after one prompt, the likeliest token each time."""
+    tokenizer = loaded.tokenizer
+    room = getattr(model.config, "max_position_embeddings", MAX_NEW_TOKENS + 1)
+    asked = batch["input_ids"].shape[1]
+    if asked >= room:
+        raise UsageError(f"predict: the prompt has {asked} tokens, the model's limit is {room}")
+    written = model.generate(
+        **batch,
+        do_sample=False,
+        max_new_tokens=min(MAX_NEW_TOKENS, room - asked),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(written[0, asked:], skip_special_tokens=True)).strip()
 
 
 def _encode(loaded: "LoadedDelta", texts: list[str]) -> Any:

@@ -93,6 +93,5 @@ def _setting(recipe: Recipe, data: TaskData, spec: ModelSpec, accelerator: Accel
         config=spec_config(config_folder(recipe.base), spec),
         train=train_shape(data.train, training, seed=recipe.seed, processes=processes),
         evaluation=evaluation_shape([data.holdout, data.validation], size),
-        regression=data.label_names is None,
         on_gpu=accelerator.device.type == "cuda",
     )

@@ -213,10 +213,11 @@ def _optimizer(training: TrainingConfig, groups: list[ParameterGroup]) -> Optimi
 
 def _batch(setting: Setting, shape: Shape) -> Batch:
     size = (shape.examples, shape.tokens)
-    dtype = torch.float32 if setting.regression else torch.int64
+    kind = setting.task.label_kind
+    dtype = torch.float32 if kind == "number" else torch.int64
     batch = {
         "input_ids": torch.zeros(size, dtype=torch.int64),
-        "labels": torch.zeros(shape.examples, dtype=dtype),
+        "labels": torch.zeros(size if kind == "tokens" else size[:1], dtype=dtype),
     }
     # A mask of ones is looked at and dropped; a fake one cannot be looked at.
     return batch | ({"attention_mask": torch.ones(size, dtype=torch.int64)} if shape.padded else {})

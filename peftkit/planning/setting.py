@@ -46,7 +46,6 @@ class Setting:
     config: PretrainedConfig
     train: Shape
     evaluation: Shape
-    regression: bool = False
     on_gpu: bool = False
     """Whether to count the tensors of a GPU's kernels, where they differ from a CPU's."""
 
@@ -90,7 +89,6 @@ def of_recipe(
         config=spec_config(folder, spec),
         train=Shape(training.per_device_train_batch_size, tokens),
         evaluation=Shape(training.per_device_eval_batch_size, tokens),
-        regression=names is None,
         on_gpu=on_gpu,
     )
 

@@ -41,6 +41,8 @@ def metric_of(name: str, columns: Columns, classes: int) -> Metric | None:
     `spearmanr` has no entry: its ranks change with the resample, see `weighted_ranks`. A name that
     is a column is the mean of the column, which is how an exact match or a loss is scored.
     """
+    if name in _TOKEN_METRICS and {"loss", "loss_items", "correct"} <= columns.keys():
+        return _TOKEN_METRICS[name]
     is_of_both = {"label", "prediction"} <= columns.keys()
     if name in ("f1_macro", "matthews_correlation") and is_of_both and classes <= MAX_CLASSES:
         parts = _confusion_parts(classes)
@@ -156,6 +158,21 @@ def _error_parts(power: int) -> Callable[[Columns], Floats]:
 
     return parts
 
+
+def _token_parts(column: str) -> Callable[[Columns], Floats]:
+    return lambda columns: np.stack([columns[column], columns["loss_items"]], axis=1).astype(float)
+
+
+def _per_token(sums: Floats, _: int) -> Floats:
+    return _ratio(sums[..., 0], sums[..., 1], empty=np.nan)
+
+
+_TOKEN_METRICS: Final = {
+    "loss": Metric(_token_parts("loss"), _per_token),
+    "perplexity": Metric(_token_parts("loss"), lambda sums, n: np.exp(_per_token(sums, n))),
+    "token_accuracy": Metric(_token_parts("correct"), _per_token),
+}
+"""Of examples that count by their tokens: sums over examples, over the sum of their tokens."""
 
 _METRICS: Final = {
     "accuracy": Metric(lambda columns: correct(columns).astype(np.float32)[:, None], _mean),

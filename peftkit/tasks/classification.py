@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from peftkit.contracts import Metrics, Row, TaskData
-from peftkit.data.sources import locate, offline_problem, read_splits
+from peftkit.contracts import LabelKind, Metrics, Row, TaskData
 from peftkit.errors import DataError
 from peftkit.schema import Section
 from peftkit.tasks import metrics
 from peftkit.tasks.columns import Columns, Parsed, parse
+from peftkit.tasks.dataset import DatasetSection
 from peftkit.tasks.encoding import Padding, pad, padding_of, tokenise, unfit_lengths
 from peftkit.tasks.parts import separate, tokenise_parts
 
@@ -26,19 +26,11 @@ if TYPE_CHECKING:
 GLUE = "nyu-mll/glue"
 
 
-class ClassificationConfig(Section):
+class ClassificationConfig(DatasetSection):
     """The `task` section of a recipe that classifies texts or predicts a number for them."""
 
     type: Literal["classification"]
     """Which task this section configures."""
-    dataset: str = Field(min_length=1)
-    """Folder, or Hub id such as `nyu-mll/glue`."""
-    dataset_config: str | None = None
-    """Configuration of the data set, such as `sst2`."""
-    revision: str | None = None
-    """Commit, tag or branch of the data set on the Hub."""
-    offline: str | None = None
-    """What to use where the data set cannot be had: `sample:<name>`."""
     text_columns: list[str] = Field(min_length=1, max_length=2)
     """The column of the text, or the two columns of a pair, in the order the model reads them."""
     label_column: str = Field(default="label", validate_default=True)
@@ -54,21 +46,6 @@ class ClassificationConfig(Section):
     and spearmanr for a regression."""
     max_length: int = Field(default=128, ge=1)
     """Tokens of an example, special tokens included; the rest is cut off."""
-    train_split: str = Field(default="train", min_length=1)
-    """The split that is trained on."""
-    validation_split: str = Field(default="validation", min_length=1, validate_default=True)
-    """The split that is scored once, at the end."""
-    holdout_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the training rows held out to choose the best checkpoint; 0 holds out none."""
-    max_train_examples: int | None = Field(default=None, ge=1)
-    """Rows drawn from the cleaned training split, the held-out ones included; None takes all."""
-
-    @field_validator("offline")
-    @classmethod
-    def _known_sample(cls, value: str | None) -> str | None:
-        if value is not None and (problem := offline_problem("datasets", value)):
-            raise ValueError(problem.removeprefix("offline: "))
-        return value
 
     @field_validator("text_columns")
     @classmethod
@@ -108,13 +85,6 @@ class ClassificationConfig(Section):
             raise ValueError("; ".join(p.removeprefix("metrics: ") for p in problems))
         return value
 
-    @field_validator("validation_split")
-    @classmethod
-    def _not_the_training_split(cls, value: str, info: ValidationInfo) -> str:
-        if value == info.data.get("train_split"):
-            raise ValueError(f"evaluating on the training split '{value}'; name another split")
-        return value
-
 
 class Classification:
     """A `Task` whose rows are one or two texts and whose model has a classification head."""
@@ -136,6 +106,11 @@ class Classification:
         return ["pearsonr", "spearmanr"] if self._regression else ["accuracy"]
 
     @property
+    def label_kind(self) -> LabelKind:
+        """An id, or the number of a regression."""
+        return "number" if self._regression else "class"
+
+    @property
     def _regression(self) -> bool:
         return self.config.problem == "regression"
 
@@ -150,18 +125,10 @@ class Classification:
             DataError: the data does not fit the section or the tokeniser; lists every problem.
         """
         config = self.config
-        located = locate(
-            "datasets",
-            config.dataset,
-            config=config.dataset_config,
-            revision=config.revision,
-            offline=config.offline,
-        )
-        names = [config.train_split, config.validation_split]
-        splits = read_splits(located, names)
-        parsed = parse({name: splits[name] for name in names}, self._columns)
+        located, splits = config.read()
+        parsed = parse(splits, self._columns)
         self._check(tokenizer, parsed)
-        train, validation = (parsed.rows[name] for name in names)
+        train, validation = (parsed.rows[name] for name in splits)
         parts, counts = separate(
             train,
             validation,

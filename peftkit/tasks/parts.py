@@ -1,15 +1,15 @@
 """Rows of two splits to train, held-out and validation parts that share no text, tokenised.
 
-Called by `classification`; imports `data.splits` and, from this room, `encoding`.
+Called by the tasks; imports `data.splits` and, from this room, `encoding`.
 """
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.contracts import Split
 from peftkit.data.holdout import hold_out
-from peftkit.data.splits import Row, remove_overlap, rows_digest
+from peftkit.data.splits import Key, Row, remove_overlap, rows_digest
 from peftkit.errors import DataError
 from peftkit.tasks.columns import TextRow
 from peftkit.tasks.encoding import tokenise
@@ -19,30 +19,31 @@ if TYPE_CHECKING:
 
 
 def separate(
-    train: list[TextRow],
-    validation: list[TextRow],
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
     *,
     max_train: int | None,
     holdout_fraction: float,
     seed: int,
-) -> tuple[dict[str, list[TextRow]], dict[str, int]]:
+    key: Key | None = None,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
     """Parts by name (`holdout` only if one is held out), and counts of what was done.
 
-    No two parts hold rows of the same normalised texts. Validation keeps every row; train loses
-    those that validation holds, then all but `max_train` rows, then the held-out ones. Every part
-    keeps the order of its source.
+    No two parts hold rows of the same normalised texts, or of what `key` takes of a row.
+    Validation keeps every row; train loses those that validation holds, then all but `max_train`
+    rows, then the held-out ones. Every part keeps the order of its source.
 
     Raises:
         DataError: nothing is left to train on, or the fraction empties one side.
     """
-    unseen, removed = remove_overlap(train, validation, _texts)
+    unseen, removed = remove_overlap(train, validation, key or _texts)
     if not unseen:
         raise DataError(
             f"each of the {removed} training rows is a validation row too; nothing is left to "
             "train on, check the splits"
         )
     used = [dict(unseen[index]) for index in _chosen(len(unseen), max_train, seed)]
-    kept, held = hold_out(used, holdout_fraction, seed, key=_texts)
+    kept, held = hold_out(used, holdout_fraction, seed, key=key or _texts)
     parts = {"train": [used[index] for index in kept], "validation": validation}
     if held:
         parts["holdout"] = [used[index] for index in held]

@@ -8,7 +8,7 @@ import math
 from peftkit.contracts import Metrics
 from peftkit.errors import RunError, suggestion
 
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
+LOWER_IS_BETTER = frozenset({"loss", "mse", "mae", "perplexity"})
 GREATER_IS_BETTER = frozenset(
     {
         "accuracy",
@@ -19,6 +19,7 @@ GREATER_IS_BETTER = frozenset(
         "precision",
         "recall",
         "spearmanr",
+        "token_accuracy",
     }
 )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics (with `loss`, the mean over examples), per-example columns (N, …), and seconds.
+    """Metrics (with `loss`, the mean over items), per-example columns (N, …), and seconds.
 
     The seconds leave out the batch under the memory probe.
     """
@@ -56,7 +56,7 @@ class Evaluator:
         with self.meter.phase("eval") if self.meter else nullcontext():
             parts = self._forward(model, task, split)
         columns = _in_order(gather_object(parts), len(split.rows))
-        metrics = {"loss": float(columns["loss"].mean()), **task.metrics(columns)}
+        metrics = {"loss": _mean_loss(columns), **task.metrics(columns)}
         seconds = time.perf_counter() - started - (self._metered_seconds() - metered)
         return Evaluation(metrics, columns, seconds)
 
@@ -89,6 +89,13 @@ class Evaluator:
         labels = batch.pop("labels")
         columns = task.predictions(module(**batch), labels)
         return {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+def _mean_loss(columns: dict[str, np.ndarray]) -> float:
+    """Over what the loss sums over: examples, or the `loss_items` that each has."""
+    if "loss_items" not in columns:
+        return float(columns["loss"].mean())
+    return float(columns["loss"].sum(dtype=np.float64) / columns["loss_items"].sum())
 
 
 def _in_order(parts: list[dict[str, np.ndarray]], expected: int) -> dict[str, np.ndarray]:

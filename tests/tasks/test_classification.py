@@ -3,6 +3,7 @@
 import importlib
 import json
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from peftkit.contracts import LabelKind
 from peftkit.errors import DataError
 from peftkit.plugins import BUILTIN
 from peftkit.tasks.classification import Classification, ClassificationConfig
@@ -94,8 +96,17 @@ SECTIONS = {
         "type": "classification",
         "text_columns": ["sentence"],
         "holdout_fraction": 0.2,
-    }
+    },
+    "sft": {
+        "type": "sft",
+        "prompt": "good {sentence}",
+        "completion": "{label} {sentence}",
+        "holdout_fraction": 0.2,
+        "max_length": 64,
+    },
 }
+KINDS = {"classification": "bert", "sft": "llama"}
+"""Of the model that a task is for."""
 
 
 @pytest.mark.parametrize("name", BUILTIN["tasks"])
@@ -116,13 +127,15 @@ def test_every_task_keeps_the_contract(name, data):
     assert batch["input_ids"].shape == batch["attention_mask"].shape == shape
     options = task.model_options(found)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    outputs = tiny_model("bert", options)(**inputs)
+    outputs = tiny_model(KINDS[name], options)(**inputs)
     loss = task.loss(outputs, batch["labels"])
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert task.loss_items(batch["labels"]) > 0
     columns = {k: v.detach() for k, v in task.predictions(outputs, batch["labels"]).items()}
-    assert {"label", "prediction", "loss"} <= set(columns)
+    assert "loss" in columns
+    assert task.label_kind in get_args(LabelKind)
+    assert (batch["labels"].shape == shape) is (task.label_kind == "tokens")
     assert {len(column) for column in columns.values()} == {4}
     assert torch.allclose(columns["loss"].sum(), loss)
     scores = task.metrics({key: value.numpy() for key, value in columns.items()})
