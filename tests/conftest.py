@@ -152,6 +152,20 @@ def base_of(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def language_model(base_of, tmp_path_factory) -> Path:
+    """A tiny Llama with its head, whose tokenizer has an eos token."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder, base = tmp_path_factory.mktemp("language-model"), base_of("llama")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(base)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base, eos_token="[SEP]").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     return save_data(tmp_path_factory.mktemp("data"))
 

@@ -49,7 +49,7 @@ def task_name(folder):
 
 def texts(folder, count, *, seed=0):
     """Examples of 2 to 12 words, as the task tokenises them; half of those of an sft are asked."""
-    tokenizer, rng = AutoTokenizer.from_pretrained(folder, eos_token="[SEP]"), random.Random(seed)
+    tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(seed)
     words = [rng.choices(tiny_runs.WORDS, k=rng.randint(2, 12)) for _ in range(count)]
     if task_name(folder) == "sft":
         rows = completions(tokenizer, words, rng)

@@ -2,11 +2,9 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 import tiny_runs
 import torch
 from exact_runs import METHODS, SIZES, STEPS, all_of, make_trainer, texts, trained
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftkit.modeling.parameters import (
     checkpoint_activations,
@@ -60,22 +57,10 @@ def results(base, out, *words):
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*-of-*.json")}
 
 
-@pytest.fixture(scope="module")
-def base_for(base_of, tmp_path_factory):
-    """A base by the task that it is for; a language model has its head in its files."""
-
-    @cache
-    def get(task):
-        if task != "sft":
-            return base_of("bert")
-        folder = tmp_path_factory.mktemp("language-model")
-        shutil.copytree(base_of("llama"), folder, dirs_exist_ok=True)
-        torch.manual_seed(0)
-        config = AutoConfig.from_pretrained(folder)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        return folder
-
-    return get
+@pytest.fixture
+def base_for(base_of, language_model):
+    """By the task that the base is for."""
+    return {"classification": base_of("bert"), "sft": language_model}
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +77,14 @@ def whole(base_of, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sft(base_for, tmp_path_factory):
+def sft(language_model, tmp_path_factory):
     """As `whole`, with prompts that are not learnt: a step's items are tokens."""
-    return results(base_for("sft"), tmp_path_factory.mktemp("sft"), "whole", *METHODS)
+    return results(language_model, tmp_path_factory.mktemp("sft"), "whole", *METHODS)
 
 
 @pytest.fixture(scope="module")
-def quicksft(base_for, tmp_path_factory):
-    base, out = base_for("sft"), tmp_path_factory.mktemp("quicksft")
+def quicksft(language_model, tmp_path_factory):
+    base, out = language_model, tmp_path_factory.mktemp("quicksft")
     return {"0-of-1": {"lora": all_of(base, out, "lora", part="quick", processes=1)}}
 
 
@@ -183,7 +168,7 @@ def test_an_example_too_many_in_one_batch_would_be_seen(base_for, tmp_path, monk
     from peftkit.training.loop import Trainer
 
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "dropout": 0.0}
-    right = trained(base_for(task), "lora", tmp_path / "right", **settings)["losses"]
+    right = trained(base_for[task], "lora", tmp_path / "right", **settings)["losses"]
     real = Trainer._backward
 
     def averaged(self, micro, batch, *, total, last):
@@ -192,7 +177,7 @@ def test_an_example_too_many_in_one_batch_would_be_seen(base_for, tmp_path, monk
         return real(self, micro, batch, total=share, last=last) * total / share
 
     monkeypatch.setattr(Trainer, "_backward", averaged)
-    wrong = trained(base_for(task), "lora", tmp_path / "wrong", **settings)["losses"]
+    wrong = trained(base_for[task], "lora", tmp_path / "wrong", **settings)["losses"]
     assert max(abs(a - b) for a, b in zip(right, wrong, strict=True)) > 5e-6
 
 
@@ -323,7 +308,7 @@ def test_workers_that_collate_change_no_order(base_of, tmp_path):
     assert made[0] == made[1]
 
 
-def test_texts_are_ragged(base_for):
-    assert len(set(texts(base_for("classification"), 53).lengths)) > 8
-    labels = [row["labels"] for row in texts(base_for("sft"), 53).rows]
+def test_texts_are_ragged(base_of, language_model):
+    assert len(set(texts(base_of("bert"), 53).lengths)) > 8
+    labels = [row["labels"] for row in texts(language_model, 53).rows]
     assert len({sum(label != IGNORED for label in row) for row in labels}) > 8

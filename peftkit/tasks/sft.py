@@ -202,12 +202,11 @@ class Sft:
 
     def predictions(self, outputs: Any, labels: "Tensor") -> "dict[str, Tensor]":
         """`loss` (its sum), `loss_items` and `correct`, of each example's learnt tokens, (B,)."""
-        learnt = labels[:, 1:] != IGNORED
-        chosen = outputs.logits[:, :-1].argmax(-1)
+        following = labels[:, 1:]
         return {
             "loss": self._losses(outputs, labels, 0.0).sum(-1),
-            "loss_items": learnt.sum(-1),
-            "correct": (learnt & (chosen == labels[:, 1:])).sum(-1),
+            "loss_items": (following != IGNORED).sum(-1),
+            "correct": (outputs.logits[:, :-1].argmax(-1) == following).sum(-1),
         }
 
     def metrics(self, columns: "dict[str, np.ndarray]") -> Metrics:

@@ -154,6 +154,18 @@ def test_without_a_prompt_every_token_is_learnt(data):
     assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
 
 
+def test_the_first_token_of_a_row_is_never_an_item(data):
+    """Nothing comes before it, so nothing predicts it."""
+    task = make(data, prompt="", completion="{q}")
+    rows = task.load(make_tokenizer(frame="$A"), seed=0).train.rows
+    batch = task.collate(rows)
+    labels = batch.pop("labels")
+    assert task.loss_items(labels) == sum(len(row["input_ids"]) - 1 for row in rows)
+    with torch.no_grad():
+        columns = task.predictions(model()(**batch), labels)
+    assert columns["loss_items"].sum() == task.loss_items(labels)
+
+
 @pytest.mark.parametrize("frame", ["[BOS] $A", "[BOS] $A [EOS]", "$A"])
 def test_what_is_trained_after_is_what_the_model_is_asked_with(data, frame):
     """Training ids = serving ids."""
