@@ -118,3 +118,82 @@ class _Answers(torch.nn.Module):
 
     def forward(self, **batch):
         return SimpleNamespace(logits=self.shared(batch))
+
+
+def some_of_gsm8k(folder: Path) -> Path:
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    gsm8k = Path(os.environ["PEFTKIT_MIRROR"]) / "datasets/openai/gsm8k/main"
+    for split, count in (("train", 60), ("test", 20)):
+        pq.write_table(
+            pq.read_table(gsm8k / f"{split}.parquet")[:count], folder / f"{split}.parquet"
+        )
+    return folder
+
+
+def sft_recipe(folder: Path, method: str) -> dict:
+    return {
+        "base": {"name": "karpathy/tinyllamas-260k"},
+        "task": {
+            "type": "sft",
+            "dataset": str(some_of_gsm8k(folder / "gsm8k")),
+            "prompt": "Question: {question}\nAnswer:",
+            "completion": " {answer}",
+            "validation_split": "test",
+            "max_length": 512,
+        },
+        "method": {"type": method},
+        "training": {"learning_rate": 1e-3, "max_steps": 6, "per_device_train_batch_size": 8},
+    }
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_a_language_model_learns_to_answer_and_scores_the_same_in_a_new_process(tmp_path, method):
+    path = tmp_path / "answers.yaml"
+    path.write_text(json.dumps(sft_recipe(tmp_path, method)))
+    done = peftkit(tmp_path, str(ROOT / "peftkit" / "run.py"), str(path))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "answers-seed0"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    record = json.loads((folder / "record.json").read_text())
+    # A uniform guess over the 512 tokens is a loss of 6.2.
+    assert record["metrics"]["validation"]["loss"] < 6.2
+    assert record["optimizer_steps"] == 6 == log[-1]["step"]
+
+    again = peftkit(tmp_path, "-m", "peftkit", "evaluate", "answers", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["equal"] is True
+    merged = peftkit(tmp_path, "-m", "peftkit", "merge", "answers", "-o", "merged")
+    assert merged.returncode == 0, merged.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+def test_completions_have_the_ids_and_labels_that_trl_gives_them(tmp_path):
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from peftkit.tasks.sft import Sft
+    from peftkit.tasks.sft import SftConfig as Section
+
+    section = sft_recipe(tmp_path, "full")["task"] | {"holdout_fraction": 0.0}
+    base = Path(os.environ["PEFTKIT_MIRROR"]) / "models/karpathy/tinyllamas-260k"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ours = Sft(Section(**section)).load(tokenizer, seed=0).train.rows
+    raw = pq.read_table(tmp_path / "gsm8k/train.parquet").to_pylist()
+    pairs = [
+        {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
+        for row in raw
+    ]
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base),
+        args=SFTConfig(output_dir=str(tmp_path / "trl"), bf16=False, max_length=512, report_to=[]),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    assert len(ours) == len(trainer.train_dataset) == 60
+    for own, theirs in zip(ours, trainer.train_dataset, strict=True):
+        assert own["input_ids"] == theirs["input_ids"]
+        assert own["labels"] == theirs["labels"]
