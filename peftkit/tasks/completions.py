@@ -20,8 +20,8 @@ IGNORED = -100
 ROLES = ("system", "user", "assistant", "tool")
 
 SftRow = dict[str, Any]
-"""`texts`: what is asked, unless that is empty, and what is answered; `source_row`; and what is
-encoded: `prompt` and `completion`, or `messages`."""
+"""`texts`: what is asked, unless all are asked alike, and what is answered; `source_row`; and what
+is encoded: `prompt` and `completion`, or `messages`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def pairs_of(
         return [], problems or [f"{split}: the split has no rows"]
     columns = {name: list(data[name][:]) for name in names}
     for name, values in columns.items():
-        wrong = [i for i, value in enumerate(values) if not isinstance(value, str | int | float)]
+        wrong = [i for i, value in enumerate(values) if not _is_text(value)]
         if wrong:
             problems.append(_at(split, name, wrong, f"{values[wrong[0]]!r:.60} is no text"))
     rows = [] if problems else list(_filled(columns, len(data), prompt, completion))
@@ -110,11 +110,16 @@ def encode_conversations(
 ) -> Iterator[Encoded | str]:
     """Each by the tokeniser's chat template up to its last answer; every answer is learnt.
 
-    Yields a reason in place of a conversation whose earlier turns the template writes otherwise
-    once later ones follow: what it trains on would not be what it is asked.
+    Yields a reason in place of a conversation that the template refuses, or whose earlier turns it
+    writes otherwise once later ones follow: what it trains on would not be what it is asked.
     """
+    from jinja2 import TemplateError
+
     for row in rows:
-        yield _conversation(tokenizer, row["messages"])
+        try:
+            yield _conversation(tokenizer, row["messages"])
+        except TemplateError as error:
+            yield f"the chat template refuses it: {error}"
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[list[int]]:
@@ -183,13 +188,18 @@ def _filled(
     for number in range(count):
         values = {name: str(column[number]) for name, column in columns.items()}
         asked, answered = prompt.format_map(values), completion.format_map(values)
-        texts = [asked, answered] if prompt else [answered]
+        texts = [asked, answered] if columns_of(prompt) else [answered]
         yield {
             "texts": texts,
             "prompt": asked,
             "completion": answered,
             "source_row": number,
         }
+
+
+def _is_text(value: Any) -> bool:
+    """Or a number that can be written as one; NaN, which equals nothing, stands for no value."""
+    return isinstance(value, str | int | float) and value == value
 
 
 def _misfit(messages: Any) -> str | None:

@@ -245,12 +245,13 @@ class Sft:
         ready, problems = dict[str, Split](), list[str]()
         counts |= {"truncated": 0, "fully_masked": 0, "tokenised_apart": 0}
         for name, rows in parts.items():
-            made = list[Row]()
+            made, refused = list[Row](), dict[str, list[int]]()
             for row, encoded in zip(rows, encode(tokenizer, rows), strict=True):
                 if isinstance(encoded, str):
-                    problems.append(f"{name}: row {row['source_row']}: {encoded}")
-                    continue
-                made.append(self._row(encoded, row["source_row"], counts))
+                    refused.setdefault(encoded, []).append(row["source_row"])
+                else:
+                    made.append(self._row(encoded, row["source_row"], counts))
+            problems += [f"{name}: {_places(at)}: {reason}" for reason, at in refused.items()]
             learnt = [row for row in made if any(x != IGNORED for x in row["labels"][1:])]
             counts["fully_masked"] += len(made) - len(learnt)
             if made and not learnt:
@@ -282,6 +283,10 @@ class Sft:
             reduction="none",
             label_smoothing=label_smoothing,
         )
+
+
+def _places(rows: Sequence[int]) -> str:
+    return f"row {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
 
 
 def _contents(rows: Iterable[SftRow]) -> Iterable[Mapping[str, Any]]:

@@ -252,6 +252,24 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     ]
 
 
+def test_conversations_that_the_template_refuses_are_one_line(tmp_path):
+    strict = "{{ raise_exception('roles must alternate') }}"
+    rows = [{"m": chats("one", "two")}] * 3
+    folder = write(tmp_path, rows, [{"m": chats("six", "five")}])
+    task = make(folder, messages_column="m", prompt="{prompt}", completion="{completion}")
+    assert problems_of(task, make_tokenizer(chat=strict)) == [
+        "train: row 0 and 2 more: the chat template refuses it: roles must alternate",
+        "validation: row 0: the chat template refuses it: roles must alternate",
+    ]
+
+
+def test_numbers_are_written_out_and_a_missing_one_is_named(tmp_path):
+    folder = write(tmp_path, [{"q": 1, "a": 2.5}, {"q": 3, "a": 4.0}], [{"q": 5, "a": 6.0}])
+    assert len(make(folder).load(make_tokenizer(), seed=0).train.rows) == 2
+    write(folder, [{"q": 1, "a": 2.5}, {"q": 3, "a": float("nan")}], [{"q": 5, "a": 6.0}])
+    assert problems_of(make(folder)) == ["train: column 'a': row 1: nan is no text"]
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -304,6 +322,15 @@ def test_a_prompt_of_validation_is_not_trained_on_whatever_follows_it(tmp_path):
     )
     assert found.cleaning["removed_from_train"] == 1
     assert len(found.train.rows) == 10
+
+
+@pytest.mark.parametrize("prompt", ["", "say"])
+def test_where_all_are_asked_the_same_rows_are_known_by_what_follows(tmp_path, prompt):
+    folder = write(tmp_path, [*sums(10), {"q": "six plus six"}], [{"q": "SIX plus  six"}])
+    task = make(folder, prompt=prompt, completion=" {q}", holdout_fraction=0.2)
+    found = task.load(make_tokenizer(), seed=0)
+    assert found.cleaning["removed_from_train"] == 1
+    assert (len(found.train.rows), len(found.holdout.rows)) == (8, 2)
 
 
 def test_the_same_seed_gives_the_same_parts_and_digests(data):
