@@ -245,7 +245,7 @@ def test_a_recipe_for_a_broken_plugin_says_what_is_wrong_with_it(install, tmp_pa
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert caught.value.problems == [
-        f"{path}:4: task.type: task 'broken' is unknown; Choices: classification",
+        f"{path}:4: task.type: task 'broken' is unknown; Choices: classification, sft",
         f"{path}:6: method.type: method 'broken' (peftkit-broken): "
         "has no Config that derives from peftkit.schema.Section",
     ]

@@ -174,7 +174,7 @@ def test_a_recipe_is_frozen(folder):
             "type: classification",
             "type: clasification",
             "5: task.type: task 'clasification' is unknown; did you mean 'classification'? "
-            "Choices: classification",
+            "Choices: classification, sft",
         ),
         (
             "type: lora",

@@ -1,10 +1,11 @@
 """A language model that is taught to answer: its run, its record, and what its delta does then."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
-from conftest import sentences
+from tiny_runs import WORDS
 
 from peftkit import cli
 from peftkit.experiment import run_experiment
@@ -30,11 +31,12 @@ EACH_METHOD = pytest.mark.parametrize(
 
 @pytest.fixture
 def data(tmp_path):
-    """A sentence of five words and its last two once more."""
+    """Three to nine words, and the last two once more."""
     folder = tmp_path / "data"
     folder.mkdir()
-    for seed, (split, count) in enumerate({"train": 48, "validation": 17}.items()):
-        words = [row["sentence"].split()[:5] for row in sentences(count, seed)]
+    draw = random.Random(0)
+    for split, count in {"train": 48, "validation": 17}.items():
+        words = [draw.choices(WORDS, k=draw.randint(3, 9)) for _ in range(count)]
         rows = [{"said": " ".join(w), "again": " ".join(w[-2:])} for w in words]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines)
