@@ -248,7 +248,13 @@ def test_a_gpu_counts_the_workspaces_of_cublas_but_for_loading(recipe):
 
 @pytest.mark.parametrize(
     ("model_type", "limit"),
-    [("bert", 66), ("gpt2", 66), ("roberta", 65), ("bart", 66), ("llama", None)],
+    [
+        ("bert", 66),
+        ("gpt2", 66),
+        ("roberta", 65),
+        ("llama", None),
+        pytest.param("bart", 66, marks=pytest.mark.slow),
+    ],
 )
 def test_an_example_longer_than_the_models_positions_is_refused(recipe, model_type, limit):
     tiny = recipe(METHODS["lora"], model_type)
