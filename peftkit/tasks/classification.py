@@ -15,7 +15,7 @@ from peftkit.schema import Section
 from peftkit.tasks import metrics
 from peftkit.tasks.columns import Columns, Parsed, parse
 from peftkit.tasks.dataset import DatasetSection
-from peftkit.tasks.encoding import Padding, pad, padding_of, tokenise, unfit_lengths
+from peftkit.tasks.encoding import Padding, pad, padding_of, tokenise, unfit_lengths, unfit_texts
 from peftkit.tasks.parts import separate, tokenise_parts
 
 if TYPE_CHECKING:
@@ -173,13 +173,7 @@ class Classification:
         Raises:
             DataError: an entry is not a list of that many strings.
         """
-        names = self.config.text_columns
-        listed = ", ".join(names)
-        problems = [
-            f"text {index}: expected a list of {len(names)} strings ({listed}), found {entry!r:.80}"
-            for index, entry in enumerate(texts)
-            if isinstance(entry, str) or list(map(type, entry)) != [str] * len(names)
-        ]
+        problems = unfit_texts(texts, self.config.text_columns)
         if problems:
             raise DataError(problems)
         self._padding = padding_of(tokenizer)

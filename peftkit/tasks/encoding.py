@@ -1,6 +1,6 @@
 """Texts to rows of token ids, and rows to padded tensors.
 
-Called by `classification`, for its splits and for new texts alike; imports only `contracts`.
+Called by the tasks, for their splits and for new texts alike; imports only `contracts`.
 Legend: B batch, T tokens of the batch's longest row.
 """
 
@@ -47,6 +47,16 @@ def unfit_lengths(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         problems.append("tokeniser: it has no pad token, and no eos token to pad with instead")
     return problems
+
+
+def unfit_texts(texts: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """One line for each entry that is not a list with a string for every name."""
+    return [
+        f"text {index}: expected a list of {len(names)} strings ({', '.join(names)}), "
+        f"found {entry!r:.80}"
+        for index, entry in enumerate(texts)
+        if isinstance(entry, str) or list(map(type, entry)) != [str] * len(names)
+    ]
 
 
 def tokenise(

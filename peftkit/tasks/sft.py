@@ -30,7 +30,7 @@ from peftkit.tasks.completions import (
     template_problem,
 )
 from peftkit.tasks.dataset import DatasetSection
-from peftkit.tasks.encoding import Padding, pad, padding_of, unfit_lengths
+from peftkit.tasks.encoding import Padding, pad, padding_of, unfit_lengths, unfit_texts
 from peftkit.tasks.parts import separate
 
 if TYPE_CHECKING:
@@ -156,12 +156,7 @@ class Sft:
         """
         chat = self.config.messages_column is not None
         names = list(dict.fromkeys([] if chat else columns_of(self.config.prompt))) or ["text"]
-        problems = [
-            f"text {i}: expected a list of {len(names)} strings ({', '.join(names)}), "
-            f"found {entry!r:.80}"
-            for i, entry in enumerate(texts)
-            if isinstance(entry, str) or list(map(type, entry)) != [str] * len(names)
-        ]
+        problems = unfit_texts(texts, names)
         if problems:
             raise DataError(problems)
         # On the left: what is written follows the last token.
