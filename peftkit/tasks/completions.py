@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that no loss is computed for, as in transformers."""
+CHUNK = 1000
+"""Rows that are tokenised in one call: a fast tokeniser uses all cores, and holds all of it."""
 ROLES = ("system", "user", "assistant", "tool")
 
 SftRow = dict[str, Any]
@@ -94,15 +96,17 @@ def encode_pairs(
     The whole text is tokenised as one, unless that would change the prompt's own tokens.
     """
     opening, eos = opening_of(tokenizer), tokenizer.eos_token_id
-    prompts = _plain(tokenizer, [row["prompt"] for row in rows])
-    wholes = _plain(tokenizer, [row["prompt"] + row["completion"] for row in rows])
-    alone = _plain(tokenizer, [row["completion"] for row in rows])
-    for prompt, whole, completion in zip(prompts, wholes, alone, strict=True):
-        apart = whole[: len(prompt)] != prompt
-        answer = completion if apart else whole[len(prompt) :]
-        answer = answer if answer[-1:] == [eos] else [*answer, eos]
-        asked = _opened(opening, prompt)
-        yield Encoded(asked + answer, [IGNORED] * len(asked) + answer, apart)
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        prompts = _plain(tokenizer, [row["prompt"] for row in chunk])
+        wholes = _plain(tokenizer, [row["prompt"] + row["completion"] for row in chunk])
+        for row, prompt, whole in zip(chunk, prompts, wholes, strict=True):
+            apart = whole[: len(prompt)] != prompt
+            alone = _plain(tokenizer, [row["completion"]])[0] if apart else []
+            answer = alone if apart else whole[len(prompt) :]
+            answer = answer if answer[-1:] == [eos] else [*answer, eos]
+            asked = _opened(opening, prompt)
+            yield Encoded(asked + answer, [IGNORED] * len(asked) + answer, apart)
 
 
 def encode_conversations(
