@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftkit.memory.caching_allocator import CachingAllocator
 from peftkit.memory.storage_tape import Peak, StorageTape
 
 Batch = Mapping[str, Tensor]
@@ -44,8 +45,10 @@ class FakeJob:
     max_grad_norm: float | None = 1.0
 
 
-def trace(job: FakeJob, *, quantisation: Sequence[Tensor] = ()) -> dict[str, Peak]:
-    """Peak of each phase, the parts of the backward pass apart.
+def trace(
+    job: FakeJob, *, quantisation: Sequence[Tensor] = (), on_gpu: bool = False
+) -> dict[str, Peak]:
+    """Peak of each phase, the parts of the backward pass apart; on a GPU as its allocator counts.
 
     Changes the model's gradients and the optimizer's state, which cost nothing.
     """
@@ -68,7 +71,7 @@ def trace(job: FakeJob, *, quantisation: Sequence[Tensor] = ()) -> dict[str, Pea
         tape.begin("evaluation")
         _evaluate(job)
     tape.stop()
-    return tape.peaks()
+    return tape.peaks(CachingAllocator() if on_gpu else None)
 
 
 def _make_state(job: FakeJob) -> None:

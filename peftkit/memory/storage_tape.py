@@ -1,8 +1,8 @@
 """A record of every storage that appears and goes, from which peaks by phase and kind are read.
 
-Called by the planner around one training step on fake tensors; imports `live_storages`. The kind
-of a storage is often known only later (what outlives the forward pass is an activation), so the
-tape is read when the step is over.
+Called by the planner around one training step on fake tensors; imports `live_storages` and the
+allocator. The kind of a storage is often known only later (what outlives the forward pass is an
+activation), so the tape is read when the step is over.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from peftkit.memory.caching_allocator import CachingAllocator
 from peftkit.memory.live_storages import LiveStorages, plain_tensors
 
 Kind = Literal[
@@ -21,9 +22,11 @@ Kind = Literal[
     "optimizer_state",
     "activations",
     "temporary",
+    "rounding",
 ]
 """`quantisation` is the constants of 4-bit weights; their packed bits are base weights, and what
-they are unpacked into is temporary."""
+they are unpacked into is temporary. `rounding` is what a GPU's allocator hands out beyond what it
+was asked for."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ class StorageTape(LiveStorages):
         for number in self._numbers.values():
             self._kinds.setdefault(number, kind)
 
-    def peaks(self) -> dict[str, Peak]:
-        """Phase → its peak; what was never named is temporary."""
+    def peaks(self, allocator: CachingAllocator | None = None) -> dict[str, Peak]:
+        """Phase → its peak; what was never named is temporary.
+
+        Args:
+            allocator: Counts what it would hand out for all that came and went; None: bytes.
+        """
         totals: dict[Kind, int] = {}
         alive, peaks = 0, dict[str, Peak]()
         for phase, number, change in self._changes:
@@ -71,9 +78,20 @@ class StorageTape(LiveStorages):
                 kind = self._kinds.get(number, "temporary")
                 totals[kind] = totals.get(kind, 0) + change
                 alive += change
-            if phase and alive > peaks.get(phase, Peak(-1)).total_bytes:
-                peaks[phase] = Peak(alive, {kind: size for kind, size in totals.items() if size})
+            if allocator:
+                self._hand_out(allocator, number, change)
+            held = allocator.allocated_bytes if allocator else alive
+            if phase and held > peaks.get(phase, Peak(-1)).total_bytes:
+                kinds = {**totals, "rounding": held - alive}
+                peaks[phase] = Peak(held, {kind: size for kind, size in kinds.items() if size})
         return peaks
+
+    @staticmethod
+    def _hand_out(allocator: CachingAllocator, number: int, change: int) -> None:
+        if change > 0:
+            allocator.allocate(number, change)
+        elif change < 0:
+            allocator.free(number)
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -82,9 +100,11 @@ class StorageTape(LiveStorages):
         if before is None:
             self._numbers[key] = self._next_number
             self._next_number += 1
-        change = self._sizes[key] - (before or 0)
-        if change:
-            self._changes.append((self._phase, self._numbers[key], change))
+        if before == self._sizes[key]:
+            return
+        for change in (-(before or 0), self._sizes[key]):
+            if change:
+                self._changes.append((self._phase, self._numbers[key], change))
 
     def _forget(self, key: int) -> None:
         self._changes.append((self._phase, self._numbers.pop(key), -self._sizes[key]))

@@ -164,7 +164,8 @@ def _traced(setting: Setting) -> tuple[dict[str, Peak], int]:
                 checkpoint_activations(model, preserve_rng_state=False, recompute_in=kernels)
             train_mode(prepared)
             job = _job(setting, prepared, blocks)
-            parts = trace(job, quantisation=list(quantisation_constants(prepared)))
+            constants = list(quantisation_constants(prepared))
+            parts = trace(job, quantisation=constants, on_gpu=setting.on_gpu)
             sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     return parts, max(sizes, default=0)
 

@@ -242,7 +242,9 @@ def test_a_gpu_counts_the_workspaces_of_cublas_but_for_loading(recipe):
     on_cpu, on_gpu = (predict.predict(of_recipe(tiny, on_gpu=on)).phases for on in (False, True))
     for phase, peak in on_gpu.items():
         more = 0 if phase == "load" else CUBLAS_WORKSPACES_BYTES
-        assert peak.total_bytes == on_cpu[phase].total_bytes + more
+        rounding = peak.by_kind["rounding"]
+        assert 0 < rounding < 0.1 * on_cpu[phase].total_bytes
+        assert peak.total_bytes == on_cpu[phase].total_bytes + more + rounding
         assert sum(peak.by_kind.values()) == peak.total_bytes
 
 
