@@ -9,15 +9,21 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from transformers import AutoTokenizer
 
 from peftkit import plugins
 from peftkit.contracts import Delta, Method, Task, TaskData
-from peftkit.errors import Interrupted, PeerError, RegistryError, ResumeError, RunError
+from peftkit.errors import DataError, Interrupted, PeerError, RegistryError, ResumeError, RunError
 from peftkit.memory.meter import MemoryMeter
 from peftkit.modeling.base import resolve_base
 from peftkit.modeling.loading import ModelSpec, held_dtype, load_model
-from peftkit.modeling.parameters import checkpoint_activations, count_parameters, set_precision
+from peftkit.modeling.parameters import (
+    checkpoint_activations,
+    count_parameters,
+    position_limit,
+    set_precision,
+)
 from peftkit.planning.of_run import fitting_batch, foresee
 from peftkit.recipe import Recipe
 from peftkit.registry import DeltaInfo, Registry, default_root, root_problem
@@ -124,6 +130,7 @@ def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
     with facts.timed("load"), meter.phase("load"):
         model = load_model(base.path, spec, options, to_be_sharded=is_fsdp(accelerator))
         model.name_or_path = recipe.base.name  # PEFT writes it into the adapter's files
+        _check_lengths(model, data)
         prepared = method.prepare(model)
         set_precision(prepared, held_dtype(spec, options))
         place(prepared, accelerator)
@@ -165,6 +172,17 @@ def _carry_out(facts: RunFacts, stop: StopRequest, on_exists: OnExists) -> None:
         delta = method.delta(accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
         _store(facts, delta, facts.delta_info(delta, spec, options), base.path)
     accelerator.wait_for_everyone()
+
+
+def _check_lengths(model: nn.Module, data: TaskData) -> None:
+    """Refuse examples for which the model has no positions."""
+    splits = [split for split in (data.train, data.holdout, data.validation) if split]
+    longest, limit = max(max(split.lengths) for split in splits), position_limit(model)
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"the longest example has {longest} tokens, and the base has positions for {limit}; "
+            f"set task.max_length to {limit} or less"
+        )
 
 
 def _store(facts: RunFacts, delta: Delta, info: DeltaInfo, base: Path) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 from tiny_runs import WORDS
+from transformers import AutoTokenizer
 
-from peftkit import cli
+from peftkit import cli, experiment
+from peftkit.errors import DataError, SourceError
 from peftkit.experiment import run_experiment
 from peftkit.planning.predict import predict
 from peftkit.planning.setting import of_recipe
@@ -113,3 +116,18 @@ def test_two_sft_runs_are_compared_by_perplexity_of_which_less_is_better(recipe,
     (table,) = json.loads(capsys.readouterr().out)["tables"]
     assert table["metric"] == "perplexity"
     assert table["best_group"] == ["tiny"]
+
+
+def test_an_encoder_is_no_language_model(recipe, tiny_base, language_model, tmp_path):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_base, encoder)
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(encoder)
+    wrong = recipe("lora").resolved() | {"base": {"name": str(encoder)}}
+    with pytest.raises(SourceError, match="'bert' reads in both directions"):
+        run_experiment(from_resolved(wrong))
+
+
+def test_examples_longer_than_the_models_positions_are_one_line(recipe, monkeypatch):
+    monkeypatch.setattr(experiment, "position_limit", lambda model: 5)
+    with pytest.raises(DataError, match=r"the longest example has \d+ tokens, .* positions for 5"):
+        run_experiment(recipe("lora"))

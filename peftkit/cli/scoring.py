@@ -112,18 +112,25 @@ def answer_for(loaded: "LoadedDelta", texts: list[str]) -> dict[str, Any]:
 
 def _written(loaded: "LoadedDelta", model: Any, batch: dict[str, Any]) -> str:
     """What the model puts after one prompt, the likeliest token each time."""
-    tokenizer = loaded.tokenizer
-    room = getattr(model.config, "max_position_embeddings", MAX_NEW_TOKENS + 1)
-    asked = batch["input_ids"].shape[1]
+    from transformers import GenerationConfig
+
+    from peftkit.modeling.parameters import position_limit
+
+    tokenizer, asked = loaded.tokenizer, batch["input_ids"].shape[1]
+    text = model.config.get_text_config()
+    limits = position_limit(model), getattr(text, "max_position_embeddings", None)
+    room = min((limit for limit in limits if limit), default=asked + MAX_NEW_TOKENS)
     if asked >= room:
         raise UsageError(f"predict: the prompt has {asked} tokens, the model's limit is {room}")
-    written = model.generate(
-        **batch,
+    # Else the base's own would count, too: penalties, forced tokens.
+    model.generation_config = GenerationConfig()
+    how = GenerationConfig(
         do_sample=False,
         max_new_tokens=min(MAX_NEW_TOKENS, room - asked),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    written = model.generate(**batch, generation_config=how)
     return str(tokenizer.decode(written[0, asked:], skip_special_tokens=True)).strip()
 
 

@@ -127,9 +127,21 @@ def spec_config(folder: Path, spec: ModelSpec) -> Any:
             f"{folder}: a base of type '{config.model_type}' has no {spec.auto_class}; "
             "take a base with that architecture or another task"
         )
+    if _reads_both_ways(config, spec.auto_class):
+        raise SourceError(
+            f"{folder}: a base of type '{config.model_type}' reads in both directions, so it would "
+            "see what it is to write; take a causal language model"
+        )
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     return config
+
+
+def _reads_both_ways(config: PretrainedConfig, auto_class: str) -> bool:
+    """Whether a language model's tokens see what follows: an encoder's do, if it is no decoder."""
+    is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    is_decoder = getattr(config, "is_decoder", False)
+    return auto_class == "AutoModelForCausalLM" and is_encoder and not is_decoder
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:

@@ -169,7 +169,9 @@ def _per_token(sums: Floats, _: int) -> Floats:
 
 _TOKEN_METRICS: Final = {
     "loss": Metric(_token_parts("loss"), _per_token),
-    "perplexity": Metric(_token_parts("loss"), lambda sums, n: np.exp(_per_token(sums, n))),
+    "perplexity": Metric(
+        _token_parts("loss"), lambda sums, n: np.exp(np.minimum(_per_token(sums, n), 700))
+    ),
     "token_accuracy": Metric(_token_parts("correct"), _per_token),
 }
 """Of examples that count by their tokens: sums over examples, over the sum of their tokens."""

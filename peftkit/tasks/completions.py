@@ -26,6 +26,19 @@ SftRow = dict[str, Any]
 is encoded: `prompt` and `completion`, or `messages`."""
 
 
+DATE = "26 Jul 2024"
+"""Today, for templates that write it as Llama 3's do, which fall back on this one: else the same rows
+would be other ids tomorrow."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer, and all that stands before it, as the chat template writes them."""
+
+    asked: str
+    answer: str
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of one example, of the same length as their labels; not yet cut."""
@@ -33,7 +46,7 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     apart: bool = False
-    """True if the completion was tokenised by itself: with the prompt the prompt's end changed."""
+    """True if an answer was tokenised by itself, as what is asked would end otherwise with it."""
 
 
 def template_problem(template: str) -> str | None:
@@ -43,7 +56,8 @@ def template_problem(template: str) -> str | None:
     except ValueError as error:
         return f"{error}; a brace that is meant as such is written twice"
     for _, name, form, conversion in parts:
-        if name is not None and (not name or set(name) & set(".[]") or form or conversion):
+        odd = name is not None and (not name or name.isdigit() or set(name) & set(".[]"))
+        if odd or form or conversion:
             return f"'{{{name}}}' is no column; a column's name stands in braces, and nothing else"
     return None
 
@@ -80,10 +94,13 @@ def conversations_of(split: str, data: "Dataset", column: str) -> tuple[list[Sft
         if reason := _misfit(messages):
             wrong.setdefault(reason, []).append(number)
             continue
-        others = [m["content"] for m in messages if m["role"] != "assistant"]
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        asked = ["\n".join(others)] if others else []
-        kept = [{"role": m["role"], "content": m["content"]} for m in messages]
+        said = {
+            role: [m.get("content") or "" for m in messages if m["role"] == role] for role in ROLES
+        }
+        asked = ["\n".join(said["user"])] if said["user"] else []
+        answers = said["assistant"]
+        # Parquet fills what a message lacks with None.
+        kept = [{k: v for k, v in m.items() if v is not None} for m in messages]
         rows.append({"texts": [*asked, *answers], "messages": kept, "source_row": number})
     return rows, [_at(split, column, where, reason) for reason, where in wrong.items()]
 
@@ -102,8 +119,7 @@ def encode_pairs(
         wholes = _plain(tokenizer, [row["prompt"] + row["completion"] for row in chunk])
         for row, prompt, whole in zip(chunk, prompts, wholes, strict=True):
             apart = whole[: len(prompt)] != prompt
-            alone = _plain(tokenizer, [row["completion"]])[0] if apart else []
-            answer = alone if apart else whole[len(prompt) :]
+            answer = _after(tokenizer, row["completion"]) if apart else whole[len(prompt) :]
             answer = answer if answer[-1:] == [eos] else [*answer, eos]
             asked = _opened(opening, prompt)
             yield Encoded(asked + answer, [IGNORED] * len(asked) + answer, apart)
@@ -119,11 +135,21 @@ def encode_conversations(
     """
     from jinja2 import TemplateError
 
-    for row in rows:
-        try:
-            yield _conversation(tokenizer, row["messages"])
-        except TemplateError as error:
-            yield f"the chat template refuses it: {error}"
+    for start in range(0, len(rows), CHUNK):
+        cut: list[list[Turn] | str] = []
+        for row in rows[start : start + CHUNK]:
+            try:
+                cut.append(_turns(tokenizer, row["messages"]))
+            except (TemplateError, TypeError, ValueError, KeyError) as error:
+                cut.append(f"the chat template refuses it: {' '.join(str(error).split())}")
+        turns = [turn for found in cut if not isinstance(found, str) for turn in found]
+        asked = iter(_plain(tokenizer, [turn.asked for turn in turns]))
+        answered = iter(_plain(tokenizer, [turn.asked + turn.answer for turn in turns]))
+        for found in cut:
+            if isinstance(found, str):
+                yield found
+            else:
+                yield _joined(tokenizer, [(turn, next(asked), next(answered)) for turn in found])
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[list[int]]:
@@ -134,7 +160,8 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> 
 
 def question_ids(tokenizer: "PreTrainedTokenizerBase", question: str) -> list[int]:
     """What a model is asked with by a conversation of one message."""
-    return _rendered(tokenizer, [{"role": "user", "content": question}], to_be_answered=True)
+    message = {"role": "user", "content": question}
+    return _plain(tokenizer, [_rendered(tokenizer, [message], to_be_answered=True)])[0]
 
 
 def opening_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -146,38 +173,83 @@ def opening_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return ids[: next(i for i in starts if ids[i : i + len(plain)] == plain)]
 
 
-def _conversation(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
-) -> Encoded | str:
-    ids, labels = list[int](), list[int]()
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked = _rendered(tokenizer, messages[:number], to_be_answered=True)
-        answered = _rendered(tokenizer, messages[: number + 1])
-        if asked[: len(ids)] != ids or answered[: len(asked)] != asked:
-            return f"the chat template writes what comes before message {number} otherwise after it"
-        labels += [IGNORED] * (len(asked) - len(ids)) + answered[len(asked) :]
-        ids = answered
-    ends = tokenizer.eos_token_id
-    return Encoded(ids, labels) if ends in labels[-2:] else Encoded([*ids, ends], [*labels, ends])
+def writes_the_date(template: str) -> bool:
+    """Whether a chat template writes today's, and takes no other."""
+    return "strftime_now" in template and "date_string" not in template
+
+
+def _turns(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]
+) -> "list[Turn] | str":
+    """What each answer follows, and the answer as it stands in the whole conversation."""
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = _rendered(tokenizer, messages[: places[-1] + 1])
+    found, done = list[Turn](), 0
+    for place in places:
+        asked = _rendered(tokenizer, messages[:place], to_be_answered=True)
+        answered = whole if place == places[-1] else _rendered(tokenizer, messages[: place + 1])
+        answer = whole[len(asked) : _alike(answered, whole)]
+        content = str(messages[place].get("content") or "").strip()
+        is_kept = content in answer or place == places[-1]
+        if not whole.startswith(asked) or len(asked) < done or not is_kept:
+            return f"the chat template writes message {place} otherwise once others follow it"
+        found.append(Turn(asked, answer))
+        done = len(asked) + len(answer)
+    return found
+
+
+def _alike(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _joined(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[tuple["Turn", list[int], list[int]]]
+) -> Encoded:
+    """One row of all turns, each with the ids of what is asked and of that with its answer."""
+    ids, labels, text, apart = list[int](), list[int](), "", False
+    for turn, asked, answered in turns:
+        if asked[: len(ids)] != ids:
+            apart = True
+            asked = [*ids, *_after(tokenizer, turn.asked[len(text) :])]
+        joins = answered[: len(asked)] == asked
+        apart = apart or not joins
+        answer = answered[len(asked) :] if joins else _after(tokenizer, turn.answer)
+        labels += [IGNORED] * (len(asked) - len(ids)) + answer
+        ids, text = [*asked, *answer], turn.asked + turn.answer
+    eos = tokenizer.eos_token_id
+    if eos not in labels[-2:]:
+        ids, labels = [*ids, eos], [*labels, eos]
+    return Encoded(ids, labels, apart)
 
 
 def _rendered(
     tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     *,
     to_be_answered: bool = False,
-) -> list[int]:
-    ids: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=to_be_answered, tokenize=True, return_dict=False
+) -> str:
+    """The text of a conversation."""
+    return str(
+        tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=to_be_answered,
+            tokenize=False,
+            date_string=DATE,
+        )
     )
-    return list(ids)
 
 
 def _opened(opening: list[int], ids: list[int]) -> list[int]:
     """One opening, also where the text brings it along, as a rendered chat does."""
     return ids if opening and ids[: len(opening)] == opening else [*opening, *ids]
+
+
+def _after(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Ids of a text that follows others: without the space that some tokenisers begin with."""
+    line, behind = _plain(tokenizer, ["\n", f"\n{text}"])
+    return behind[len(line) :] if behind[: len(line)] == line else _plain(tokenizer, [text])[0]
 
 
 def _plain(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
@@ -211,7 +283,7 @@ def _misfit(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "no list of messages"
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        if not isinstance(message, Mapping) or not _is_said(message):
             return f"a message is {message!r:.60}, not a role and a content of text"
         if message.get("role") not in ROLES:
             return f"role {message.get('role')!r:.20} is none of {', '.join(ROLES)}"
@@ -220,6 +292,10 @@ def _misfit(messages: Any) -> str | None:
     if not any(message["role"] == "assistant" for message in messages):
         return "no message is the assistant's"
     return None
+
+
+def _is_said(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
 
 
 def _missing(split: str, data: "Dataset", name: str) -> str | None:

@@ -39,8 +39,8 @@ def separate(
     unseen, removed = remove_overlap(train, validation, key or _texts)
     if not unseen:
         raise DataError(
-            f"each of the {removed} training rows is a validation row too; nothing is left to "
-            "train on, check the splits"
+            f"each of the {removed} training rows {'asks what' if key else 'is'} a validation row "
+            f"{'asks' if key else 'too'}; nothing is left to train on, check the splits"
         )
     used = [dict(unseen[index]) for index in _chosen(len(unseen), max_train, seed)]
     kept, held = hold_out(used, holdout_fraction, seed, key=key or _texts)

@@ -28,6 +28,7 @@ from peftkit.tasks.completions import (
     prompt_ids,
     question_ids,
     template_problem,
+    writes_the_date,
 )
 from peftkit.tasks.dataset import DatasetSection
 from peftkit.tasks.encoding import Padding, pad, padding_of, unfit_lengths, unfit_texts
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPT, COMPLETION = "{prompt}", "{completion}"
+MAX_LOSS = 700.0
+"""Nats a token, of which the exponential is still a number."""
 
 
 class SftConfig(DatasetSection):
@@ -105,7 +108,7 @@ class Sft:
 
         No prompt of validation is in train, whatever follows it. `cleaning` counts the examples
         that were `truncated`, those `fully_masked` (cut before their completion began, so nothing
-        of them could be learnt: left out of train), and those `tokenised_apart` (the completion by
+        of them could be learnt: left out), and those `tokenised_apart` (the completion by
         itself, as in one with the prompt the prompt's last token would be another).
 
         Raises:
@@ -128,8 +131,7 @@ class Sft:
             seed=seed,
             key=lambda row: [row["texts"][0]],
         )
-        # On the right: positions are counted from the left, padding included.
-        self._padding = replace(padding_of(tokenizer), side="right")
+        self._padding = padding_of(tokenizer)
         ready = self._tokenised(tokenizer, parts, counts)
         return TaskData(
             train=ready["train"],
@@ -148,8 +150,8 @@ class Sft:
 
         Args:
             tokenizer: The base's.
-            texts: For each, a string for every column of the prompt; one if it has none, or if
-                conversations were learnt.
+            texts: For each, a string for every column of the prompt. One if it has none, which
+                then follows the prompt; and one if conversations were learnt, as the user's.
 
         Raises:
             DataError: an entry is not a list of that many strings.
@@ -159,13 +161,17 @@ class Sft:
         problems = unfit_texts(texts, names)
         if problems:
             raise DataError(problems)
-        # On the left: what is written follows the last token.
-        self._padding = replace(padding_of(tokenizer), side="left")
+        self._padding = padding_of(tokenizer)
         if chat:
-            return [{"input_ids": question_ids(tokenizer, entry[0])} for entry in texts]
-        template = self.config.prompt or "{text}"
-        asked = [template.format_map(dict(zip(names, entry, strict=True))) for entry in texts]
-        return [{"input_ids": ids} for ids in prompt_ids(tokenizer, asked)]
+            rows = [question_ids(tokenizer, entry[0]) for entry in texts]
+        else:
+            own = self.config.prompt
+            template = own if columns_of(own) else own + "{text}"
+            asked = [template.format_map(dict(zip(names, entry, strict=True))) for entry in texts]
+            rows = prompt_ids(tokenizer, asked)
+        if [] in rows:
+            raise DataError("an empty text has no token that anything could follow")
+        return [{"input_ids": ids} for ids in rows]
 
     def model_options(self, data: TaskData) -> dict[str, Any]:
         """A causal language model, as the base configures it."""
@@ -180,8 +186,11 @@ class Sft:
         import torch
 
         assert self._padding is not None, "rows come from `load` or `encode` of this task"
-        batch = pad([{"input_ids": row["input_ids"]} for row in rows], self._padding)
-        if "labels" not in rows[0]:
+        is_learnt = "labels" in rows[0]
+        # Positions are counted from the left, padding included; what is written follows the last.
+        padding = replace(self._padding, side="right" if is_learnt else "left")
+        batch = pad([{"input_ids": row["input_ids"]} for row in rows], padding)
+        if not is_learnt:
             return batch
         width = batch["input_ids"].shape[1]
         labels = [[*row["labels"], *[IGNORED] * (width - len(row["labels"]))] for row in rows]
@@ -209,7 +218,7 @@ class Sft:
         tokens = int(columns["loss_items"].sum())
         mean = float(columns["loss"].sum(dtype="float64")) / tokens
         return {
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "perplexity": math.exp(min(mean, MAX_LOSS)),
             "token_accuracy": float(columns["correct"].sum()) / tokens,
         }
 
@@ -222,10 +231,18 @@ class Sft:
         problems = unfit_lengths(tokenizer, self.config.max_length, pair=False)
         if tokenizer.eos_token_id is None:
             problems.append("tokeniser: it has no eos token, so no model could learn to stop")
-        if self.config.messages_column is not None and not tokenizer.chat_template:
+        if self.config.messages_column is None:
+            return problems
+        template = tokenizer.chat_template
+        if not isinstance(template, str):
             problems.append(
                 "messages_column: the tokeniser has no chat template; take the chat version of "
                 "the base, or `prompt` and `completion`"
+            )
+        elif writes_the_date(template):
+            problems.append(
+                "messages_column: the chat template writes today's date, so the same rows would be "
+                "others tomorrow; save the tokeniser with one that does not call `strftime_now`"
             )
         return problems
 
@@ -254,8 +271,7 @@ class Sft:
                     f"{name}: each of the {len(made)} examples is cut before its completion "
                     f"begins; raise max_length ({self.config.max_length})"
                 )
-            kept = made if name == "validation" else learnt
-            ready[name] = Split(name, kept, rows_digest(_contents(rows)))
+            ready[name] = Split(name, learnt, rows_digest(_contents(rows)))
         if problems:
             raise DataError(problems)
         return ready
@@ -271,13 +287,16 @@ class Sft:
         """Of each token after the first, float32 (B, T - 1); 0 where it is not learnt."""
         from torch.nn import functional
 
-        return functional.cross_entropy(
-            outputs.logits[:, :-1].float().transpose(1, 2),
-            labels[:, 1:],
+        logits, following = outputs.logits[:, :-1], labels[:, 1:]
+        # Flat, as the classes of a batch of rows are read two and a half times as slowly.
+        losses = functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(),
+            following.reshape(-1),
             ignore_index=IGNORED,
             reduction="none",
             label_smoothing=label_smoothing,
         )
+        return losses.view_as(following)
 
 
 def _places(rows: Sequence[int]) -> str:

@@ -186,6 +186,24 @@ def test_what_a_model_is_asked_with_is_padded_on_the_left_and_has_no_labels(data
         task.encode(make_tokenizer(), [["one", "two"]])
 
 
+def test_what_was_asked_in_between_does_not_move_the_labels(data):
+    task, tokenizer = make(data), make_tokenizer()
+    rows = task.load(tokenizer, seed=0).train.rows
+    before = task.collate(rows)
+    task.encode(tokenizer, [["one"]])
+    after = task.collate(rows)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_prompt_without_columns_is_followed_by_the_text(data):
+    tokenizer = make_tokenizer()
+    task = make(data, prompt="say ", completion="{q}")
+    task.load(tokenizer, seed=0)
+    assert task.encode(tokenizer, [["one"]])[0]["input_ids"] == [BOS, *ids("say one")]
+    with pytest.raises(DataError, match="an empty text has no token"):
+        make(data, prompt="", completion="{q}").encode(make_tokenizer(frame="$A"), [[""]])
+
+
 class Merging:
     """Makes one token of `say one`, as byte pairs may at the seam."""
 
@@ -248,7 +266,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     )
     task = make(folder, messages_column="m", prompt="{prompt}", completion="{completion}")
     assert problems_of(task, make_tokenizer(chat=forgetful)) == [
-        "train: row 0: the chat template writes what comes before message 3 otherwise after it"
+        "train: row 0: the chat template writes message 1 otherwise once others follow it"
     ]
 
 
@@ -268,6 +286,55 @@ def test_numbers_are_written_out_and_a_missing_one_is_named(tmp_path):
     assert len(make(folder).load(make_tokenizer(), seed=0).train.rows) == 2
     write(folder, [{"q": 1, "a": 2.5}, {"q": 3, "a": float("nan")}], [{"q": 5, "a": 6.0}])
     assert problems_of(make(folder)) == ["train: column 'a': row 1: nan is no text"]
+
+
+def conversations(folder, *rows, chat=CHAT):
+    """The train rows of conversations, and what cleaning counted."""
+    write(folder, [{"m": row} for row in rows], [{"m": chats("six", "five")}])
+    task = make(folder, messages_column="m", prompt="{prompt}", completion="{completion}")
+    found = task.load(make_tokenizer(chat=chat), seed=0)
+    return found.train.rows, found.cleaning
+
+
+def learnt(row):
+    return [label for label in row["labels"] if label != IGNORED]
+
+
+def test_a_template_that_ends_the_last_answer_alone_is_taken(tmp_path):
+    """As one that puts an eos after the whole conversation."""
+    ends = CHAT.replace(" [EOS]", "").replace(
+        "{% endfor %}", "{% endfor %}{% if not add_generation_prompt %}[EOS]{% endif %}"
+    )
+    (row,), _ = conversations(tmp_path, chats("one", "two", "three", "four"), chat=ends)
+    assert learnt(row) == [*ids("two"), *ids("four"), EOS]
+
+
+def test_a_template_that_writes_the_date_writes_always_the_same_or_is_refused(tmp_path):
+    dated = "{% if not date_string %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    dated += "{{ 'one' if '2024' in date_string else 'six' }} "
+    (row,), _ = conversations(tmp_path, chats("one", "two"), chat=dated + CHAT)
+    assert row["input_ids"][0] == ids("one")[0]
+    with pytest.raises(DataError, match="writes today's date"):
+        conversations(tmp_path, chats("one", "two"), chat="{{ strftime_now('%Y') }} " + CHAT)
+
+
+def test_calls_of_tools_reach_the_template(tmp_path):
+    calls = CHAT.replace(
+        "{{ m.content }} [EOS]",
+        "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% endif %} [EOS]",
+    )
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "plus"}]}
+    (row,), _ = conversations(tmp_path, [*chats("one"), called], chat=calls)
+    assert learnt(row) == [*ids("plus"), EOS]
+
+
+def test_conversations_of_one_system_message_are_known_by_their_answers(tmp_path):
+    rows = [
+        [{"role": "system", "content": "say"}, {"role": "assistant", "content": word}]
+        for word in ("one", "two")
+    ]
+    found, cleaning = conversations(tmp_path, *rows)
+    assert (len(found), cleaning["removed_from_train"]) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +360,7 @@ def test_no_conversation_is_a_line_with_its_row(tmp_path, messages, reason):
 # What is cut, dropped and counted
 
 
-def test_cut_and_fully_masked_examples_are_counted_and_the_latter_not_trained_on(tmp_path):
+def test_cut_and_fully_masked_examples_are_counted_and_the_latter_left_out(tmp_path):
     """A prompt that fills the row leaves nothing to learn."""
     lengths = [1, 3, 9, 12]
     train = [{"q": " ".join(["one"] * n), "a": "two"} for n in lengths]
@@ -303,9 +370,7 @@ def test_cut_and_fully_masked_examples_are_counted_and_the_latter_not_trained_on
     assert [row["source_row"] for row in found.train.rows] == [0, 1]
     assert found.cleaning["truncated"] == 3
     assert found.cleaning["fully_masked"] == 3
-    # Validation rows are never dropped; this one counts for nothing.
-    assert len(found.validation.rows) == 2
-    assert task.loss_items(task.collate(found.validation.rows)["labels"]) == 2
+    assert [row["source_row"] for row in found.validation.rows] == [0]
     assert max(found.train.lengths + found.validation.lengths) == 8
 
 
@@ -384,6 +449,7 @@ def test_loss_is_that_of_the_model_itself_and_counts_by_tokens(data):
         ({"prompt": "{q!r}"}, "is no column"),
         ({"prompt": "{q:>9}"}, "is no column"),
         ({"prompt": "{}"}, "is no column"),
+        ({"prompt": "{0}"}, "is no column"),
         ({"prompt": "{q"}, "a brace that is meant as such is written twice"),
         ({"completion": "always this"}, "names no column"),
         ({"messages_column": "m"}, "conversations have no `prompt` and `completion`"),
