@@ -27,8 +27,8 @@ is encoded: `prompt` and `completion`, or `messages`."""
 
 
 DATE = "26 Jul 2024"
-"""Today, for templates that write it as Llama 3's do, which fall back on this one: else the same rows
-would be other ids tomorrow."""
+"""Today, for templates that write it as Llama 3's do, which fall back on this one: else the same
+rows would be other ids tomorrow."""
 
 
 @dataclass(frozen=True)
