@@ -3,6 +3,7 @@
 Called by `cli.app`; imports the registry inside each verb and no tensor library.
 """
 
+import json
 import operator
 import re
 from collections.abc import Callable
@@ -259,4 +260,6 @@ def _settings(title: str, section: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return json.dumps(value, ensure_ascii=False) if "\n" in str(value) else str(value)
