@@ -21,14 +21,16 @@ from peftkit.tasks.completions import (
     Encoded,
     SftRow,
     columns_of,
-    conversations_of,
-    encode_conversations,
     encode_pairs,
     pairs_of,
     prompt_ids,
-    question_ids,
     template_problem,
-    writes_the_date,
+)
+from peftkit.tasks.conversations import (
+    conversations_of,
+    encode_conversations,
+    question_ids,
+    unfit_template,
 )
 from peftkit.tasks.dataset import DatasetSection
 from peftkit.tasks.encoding import Padding, pad, padding_of, unfit_lengths, unfit_texts
@@ -231,20 +233,8 @@ class Sft:
         problems = unfit_lengths(tokenizer, self.config.max_length, pair=False)
         if tokenizer.eos_token_id is None:
             problems.append("tokeniser: it has no eos token, so no model could learn to stop")
-        if self.config.messages_column is None:
-            return problems
-        template = tokenizer.chat_template
-        if not isinstance(template, str):
-            problems.append(
-                "messages_column: the tokeniser has no chat template; take the chat version of "
-                "the base, or `prompt` and `completion`"
-            )
-        elif writes_the_date(template):
-            problems.append(
-                "messages_column: the chat template writes today's date, so the same rows would be "
-                "others tomorrow; save the tokeniser with one that does not call `strftime_now`"
-            )
-        return problems
+        is_chat = self.config.messages_column is not None
+        return problems + (unfit_template(tokenizer) if is_chat else [])
 
     def _tokenised(
         self,
