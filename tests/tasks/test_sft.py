@@ -205,10 +205,10 @@ def test_a_prompt_without_columns_is_followed_by_the_text(data):
 
 
 class Merging:
-    """Makes one token of `say one`, as byte pairs may at the seam."""
+    """Makes one token of two words, as byte pairs may at the seam."""
 
-    def __init__(self):
-        self.inner = make_tokenizer()
+    def __init__(self, seam="say one", **how):
+        self.inner, self.seam = make_tokenizer(**how), ids(seam)
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -216,10 +216,9 @@ class Merging:
     def __call__(self, texts, **how):
         found = self.inner(texts, **how)
         if isinstance(texts, list):
-            seam = ids("say one")
             for row in found["input_ids"]:
                 for i in range(len(row) - 1):
-                    if row[i : i + 2] == seam:
+                    if row[i : i + 2] == self.seam:
                         row[i : i + 2] = [UNK]
         return found
 
@@ -298,6 +297,18 @@ def conversations(folder, *rows, chat=CHAT):
 
 def learnt(row):
     return [label for label in row["labels"] if label != IGNORED]
+
+
+def test_a_turn_keeps_its_tokens_where_the_answer_would_change_its_last(tmp_path):
+    """As an answer that begins with a newline does after a template that ends with one."""
+    folder = write(
+        tmp_path, [{"m": chats("six", "one", "two", "three")}], [{"m": chats("six", "five")}]
+    )
+    task = make(folder, messages_column="m", prompt="{prompt}", completion="{completion}")
+    found = task.load(Merging("bot one", chat=CHAT), seed=0)
+    assert learnt(found.train.rows[0]) == [*ids("one"), EOS, *ids("three"), EOS]
+    assert UNK not in found.train.rows[0]["input_ids"]
+    assert found.cleaning["tokenised_apart"] == 1
 
 
 def test_a_template_that_ends_the_last_answer_alone_is_taken(tmp_path):
