@@ -126,8 +126,12 @@ def missing_column(split: str, data: "Dataset", name: str) -> str | None:
 
 def row_problem(split: str, column: str, rows: Sequence[int], reason: str) -> str:
     """A line of what is wrong with some rows of a column."""
-    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    return f"{split}: column '{column}': row {rows[0]}{more}: {reason}"
+    return f"{split}: column '{column}': {places(rows)}: {reason}"
+
+
+def places(rows: Sequence[int]) -> str:
+    """The first of some rows, and how many more there are."""
+    return f"row {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
 
 
 def _opened(opening: list[int], ids: list[int]) -> list[int]:

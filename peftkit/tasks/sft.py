@@ -23,6 +23,7 @@ from peftkit.tasks.completions import (
     columns_of,
     encode_pairs,
     pairs_of,
+    places,
     prompt_ids,
     template_problem,
 )
@@ -253,7 +254,7 @@ class Sft:
                     refused.setdefault(encoded, []).append(row["source_row"])
                 else:
                     made.append(self._row(encoded, row["source_row"], counts))
-            problems += [f"{name}: {_places(at)}: {reason}" for reason, at in refused.items()]
+            problems += [f"{name}: {places(at)}: {reason}" for reason, at in refused.items()]
             learnt = [row for row in made if any(x != IGNORED for x in row["labels"][1:])]
             counts["fully_masked"] += len(made) - len(learnt)
             if made and not learnt:
@@ -287,10 +288,6 @@ class Sft:
             label_smoothing=label_smoothing,
         )
         return losses.view_as(following)
-
-
-def _places(rows: Sequence[int]) -> str:
-    return f"row {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
 
 
 def _contents(rows: Iterable[SftRow]) -> Iterable[Mapping[str, Any]]:
